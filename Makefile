@@ -1,0 +1,1 @@
+# vmirror: everything is made from here. `make help` lists the targets.
