@@ -44,6 +44,13 @@ class MirrorHost(Protocol):
 
     async def stop_mirror_vm(self, protection: Protection, *, timeout_s: float) -> None: ...
 
+    async def renew_exports(self, protection: Protection, *, timeout_s: float) -> None:
+        """Close the exports (hard, waits until they are gone) and give them anew.
+
+        Before each resync: no write of an abandoned connection can land after it.
+        """
+        ...
+
     async def close_exports(self, protection: Protection, *, timeout_s: float) -> None:
         """Take the disks away from the filter (hard), and wait until they are gone."""
         ...
