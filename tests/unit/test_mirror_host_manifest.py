@@ -71,62 +71,78 @@ def make_protection() -> Protection:
 
 def test_manifest_reads_back_equal() -> None:
     protection = make_protection()
-    assert manifest.from_json(manifest.to_json(protection)) == protection
+    assert manifest.decode(manifest.encode(protection)) == protection
 
 
-def _set(path: tuple[Any, ...], value: Any) -> str:
-    tree = json.loads(manifest.to_json(make_protection()))
+def _set(path: tuple[Any, ...], value: Any) -> bytes:
+    tree = json.loads(manifest.encode(make_protection()))
     at = tree
     for step in path[:-1]:
         at = at[step]
     at[path[-1]] = value
-    return json.dumps(tree)
+    return json.dumps(tree).encode()
 
 
 @pytest.mark.parametrize(
     ("path", "value", "named"),
     [
         (("version",), 2, "version"),
-        (("surprise",), 1, "surprise"),
-        (("uuid",), "no-uuid", "uuid"),
-        (("disks",), [], "disks"),
-        (("disks", 0, "name"), "../../etc/shadow", "disks.0.name"),
-        (("disks", 0, "size_bytes"), 0, "size_bytes"),
-        (("disks", 0, "size_bytes"), True, "size_bytes"),
-        (("disks", 0, "size_bytes"), 1 << 64, "size_bytes"),
-        (("disks", 0, "mirror_path"), "relative/disk0.raw", "mirror_path"),
-        (("paths", "mirror_dir"), "/mnt/../etc", "mirror_dir"),
-        (("vm", "pid"), -1, "vm.pid"),
-        (("vm", "name"), "a\0b", "vm.name"),
-        (("vm", "command_line"), ["x"] * 5000, "command_line"),
-        (("stall_ms",), 0, "stall_ms"),
+        (("surprise",), 1, "keys"),
+        (("protection", "surprise"), 1, "surprise"),
+        (("protection", "vm", "surprise"), 1, "surprise"),
+        (("protection", "uuid"), "no-uuid", "uuid"),
+        (
+            (
+                "protection",
+                "disks",
+            ),
+            [],
+            "disks",
+        ),
+        (("protection", "disks", 0, "name"), "../../etc/shadow", "disk names"),
+        (("protection", "disks", 0, "size_bytes"), 0, "size_bytes"),
+        (("protection", "disks", 0, "size_bytes"), True, "size_bytes"),
+        (("protection", "disks", 0, "size_bytes"), 1 << 64, "size_bytes"),
+        (("protection", "disks", 0, "mirror_path"), "relative/disk0.raw", "relative/disk0.raw"),
+        (("protection", "paths", "mirror_dir"), "/mnt/../etc", "not absolute"),
+        (("protection", "vm", "pid"), -1, "pid"),
+        (("protection", "vm", "name"), "a\0b", "NUL"),
+        (("protection", "vm", "command_line"), [1], "command_line"),
+        (
+            (
+                "protection",
+                "stall_ms",
+            ),
+            0,
+            "stall_ms",
+        ),
     ],
 )
 def test_manifest_with_a_wrong_field_is_refused_by_name(
     path: tuple[Any, ...], value: Any, named: str
 ) -> None:
     with pytest.raises(Corrupt, match=named):
-        manifest.from_json(_set(path, value))
+        manifest.decode(_set(path, value))
 
 
 def test_manifest_with_a_disk_twice_is_refused() -> None:
-    tree = json.loads(manifest.to_json(make_protection()))
-    tree["disks"] *= 2
-    with pytest.raises(Corrupt, match="twice"):
-        manifest.from_json(json.dumps(tree))
+    tree = json.loads(manifest.encode(make_protection()))
+    tree["protection"]["disks"] *= 2
+    with pytest.raises(Corrupt, match="disk names"):
+        manifest.decode(json.dumps(tree).encode())
 
 
 def test_manifest_of_a_hundred_thousand_brackets_is_refused() -> None:
     with pytest.raises(Corrupt):
-        manifest.from_json("[" * 100_000)
+        manifest.decode(b"[" * 100_000)
 
 
 def test_manifest_over_its_size_bound_is_refused_unread() -> None:
     with pytest.raises(Corrupt, match="at most"):
-        manifest.from_json(" " * (manifest.MANIFEST_MAX_BYTES + 1))
+        manifest.decode(b" " * (manifest.SIZE_MAX_BYTES + 1))
 
 
 @given(st.binary(max_size=300))
 def test_manifest_of_any_bytes_is_corrupt_and_nothing_worse(raw: bytes) -> None:
     with pytest.raises(Corrupt):
-        manifest.from_json(raw)
+        manifest.decode(raw)
