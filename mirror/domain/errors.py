@@ -10,7 +10,8 @@
     │   ├── RehearsalFailed
     │   ├── SourceMayBeAlive
     │   ├── MirrorInconsistent
-    │   └── FilterAlreadyPresent
+    │   ├── FilterAlreadyPresent
+    │   └── OperationInProgress         (one at a time per VM)
     ├── HostError                  4    a process, socket or file did not do what it should
     │   ├── LinkLost                    (a connection closed in the middle: the state is unknown, recover)
     │   ├── TimedOut
@@ -62,6 +63,9 @@ class MirrorInconsistent(Refused): ...
 
 
 class FilterAlreadyPresent(Refused): ...
+
+
+class OperationInProgress(Refused): ...
 
 
 class HostError(VmirrorError):

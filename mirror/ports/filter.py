@@ -27,7 +27,12 @@ class FilterControl(Protocol):
         ...
 
     async def resync_copy(
-        self, views: Sequence[SourceView], *, mirror_connection: int, client_connections: dict[str, int], timeout_s: float
+        self,
+        views: Sequence[SourceView],
+        *,
+        mirror_connection: int,
+        client_connections: dict[str, int],
+        timeout_s: float,
     ) -> None:
         """Steps 3 and 4. Returns when the books are durably merged; the copying goes on behind.
 

@@ -71,14 +71,18 @@ class SourceVM(Protocol):
         """Take the filter out of all of ``disks`` in one stop; drops bitmaps, exports and placeholders."""
         ...
 
-    async def recover(self, disks: Sequence[ProtectedDisk], *, was_running: bool, timeout_s: float) -> FilterPlacement:
+    async def recover(
+        self, disks: Sequence[ProtectedDisk], *, was_running: bool, timeout_s: float
+    ) -> FilterPlacement:
         """Finish what a crash left half done: every device ends on its source node or with the filter in.
 
         Resumes the VM only when ``was_running``. Idempotent. Returns where all devices ended.
         """
         ...
 
-    async def renew_tee(self, disks: Sequence[ProtectedDisk], filter_socket: PurePath, *, timeout_s: float) -> None:
+    async def renew_tee(
+        self, disks: Sequence[ProtectedDisk], filter_socket: PurePath, *, timeout_s: float
+    ) -> None:
         """Free a guest that waits for a hung filter (yank), and give the quorum a fresh tee node."""
         ...
 
