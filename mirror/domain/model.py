@@ -53,7 +53,7 @@ class SourceDisk:
 
     ``name`` is ours (``disk0`` … ``disk7``, in the order of the VM's bus); ``qom_path`` is the
     device's path in QOM; ``node`` is the node name that the device has open when the filter is
-    out, or ``None`` for a ``-drive`` disk whose auto-made name no command accepts.
+    out, or ``None`` for a ``-drive`` disk, whose auto-made name changes with every start.
     """
 
     name: str
@@ -74,7 +74,10 @@ class VmDescription:
     uuid: UUID | None
     pid: int
     pid_started: float
-    """When the process started, in seconds since the epoch: pid and this name one process for ever."""
+    """When the process started, in seconds since the host's boot: pid and this name one process.
+
+    Not wall-clock time: a step of the clock would make a living process look like another one.
+    """
     qmp_socket: PurePath
     qemu_binary: PurePath
     qemu_version: str
@@ -82,6 +85,11 @@ class VmDescription:
     running: bool
     memory_bytes: int
     disks: tuple[SourceDisk, ...]
+    unsupported: tuple[str, ...] = ()
+    """Writable disks that cannot be protected, each with the reason."""
+    unreachable: str = ""
+    """Why its monitor could not be asked (held by another client, none there): then there are no
+    disks, no version, and ``running`` only says that the process exists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +104,8 @@ class ProtectedDisk:
     size_bytes: int
     iothread: str | None
     source_node: str
-    """The node below the filter: the source's own, or ours for a ``-drive`` disk."""
+    """The node below the filter when the disk was planned; looked up anew at each change, since a
+    ``-drive`` disk gets another name at each start and other tools' snapshots put a new node on top."""
     by_drive: bool
     mirror_path: PurePath
 
