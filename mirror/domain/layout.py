@@ -189,7 +189,11 @@ STATUS = Layout(
         Field("mirror_text", "text", "which disks, where", 64),
         Field("text", "text", "why it is in this state and what to do", 160),
     ),
-    constants=tuple((f"STATE_{name}", code) for name, code in STATE_CODES.items()),
+    constants=(
+        ("LBA", 1),  # where it is in the stub's image, in 512-byte sectors
+        ("STATE_COUNT", len(STATE_CODES)),
+        *((f"STATE_{name}", code) for name, code in STATE_CODES.items()),
+    ),
 )
 
 SUPERBLOCK = Layout(
@@ -238,17 +242,25 @@ DIRTY_MAP = Layout(
 LAYOUTS = (STATUS, SUPERBLOCK, DIRTY_MAP)
 
 
+def c_view() -> str:
+    """All layouts as a C header."""
+    body = "\n\n".join(layout.to_c() for layout in LAYOUTS)
+    return f"/* Made by mirror/domain/layout.py; do not edit. */\n#pragma once\n\n{body}\n"
+
+
+def nasm_view() -> str:
+    """All layouts as a NASM include."""
+    body = "\n\n".join(layout.to_nasm() for layout in LAYOUTS)
+    return f"; Made by mirror/domain/layout.py; do not edit.\n\n{body}\n"
+
+
 def main(argv: list[str]) -> int:
     """Print the C or NASM view of all layouts."""
-    if len(argv) != 2 or argv[1] not in ("c", "nasm"):
+    views = {"c": c_view, "nasm": nasm_view}
+    if len(argv) != 2 or argv[1] not in views:
         print("usage: python -m mirror.domain.layout c|nasm", file=sys.stderr)
         return 2
-    if argv[1] == "c":
-        print("/* Made by mirror/domain/layout.py; do not edit. */\n#pragma once\n")
-        print("\n\n".join(layout.to_c() for layout in LAYOUTS))
-    else:
-        print("; Made by mirror/domain/layout.py; do not edit.\n")
-        print("\n\n".join(layout.to_nasm() for layout in LAYOUTS))
+    print(views[argv[1]](), end="")
     return 0
 
 

@@ -8,6 +8,9 @@ from datetime import UTC, datetime
 from mirror.domain.layout import STATE_CODES, STATUS
 from mirror.domain.model import Mode, ProtectionState
 
+STATUS_OFFSET_BYTES = dict(STATUS.constants)["LBA"] * STATUS.size_bytes
+"""Where the status sector is in the stub's image: rewritten there, in place, with one ``pwrite``."""
+
 _STATE_BY_CODE = {code: ProtectionState(name) for name, code in STATE_CODES.items()}
 
 
