@@ -23,7 +23,7 @@ import asyncio
 import contextlib
 import itertools
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -176,7 +176,7 @@ class ControlClient:
     async def status(self, *, timeout_s: float) -> FilterStatus:
         return parse_status(await self._connection.ask("status", {}, timeout_s=timeout_s))
 
-    async def follow(self) -> AsyncIterator[FilterStatus]:
+    async def follow(self) -> AsyncGenerator[FilterStatus, None]:
         """The status now and at each change, and every :data:`SILENCE_MAX_S` when nothing changes.
 
         Never ends but with LinkLost: a filter that hangs is found out by asking it.
