@@ -41,7 +41,8 @@ def decide_fence(vm: str, *, answers: bool, process: Process, source_is_dead: bo
     if process is Process.EXISTS:
         raise SourceMayBeAlive(
             f"{vm}: the source's process is alive but its monitor does not answer, so it cannot be "
-            f"stopped cleanly. Nothing was changed. If it is lost, `vmirror failover {vm} --source-is-dead` kills it first."
+            f"stopped cleanly. Nothing was changed. If it is lost: "
+            f"vmirror failover {vm} --source-is-dead (which kills it first)"
         )
     raise SourceMayBeAlive(
         f"{vm}: the source does not answer and its host cannot tell whether it runs. Nothing was changed. "
@@ -73,7 +74,8 @@ def check_promotable(record: Record, superblock: Superblock, sight: Sight, *, fo
     if record.bypassed_unix_ms or (sight.link is Link.ANSWERS and sight.graph is Graph.OUT):
         raise MirrorInconsistent(
             f"{vm}: the source has run without the filter, so it has writes that the mirror lacks. "
-            f"Nothing was changed. To go back to the mirror's older state all the same: vmirror failover {vm} --force"
+            f"Nothing was changed. To go back to the mirror's older state all the same: "
+            f"vmirror failover {vm} --force"
         )
 
 

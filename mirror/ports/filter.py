@@ -6,7 +6,7 @@ supervised process. Neither ever blocks longer than the given deadline.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
 from mirror.domain.model import FilterStatus, Protection, SourceView
@@ -15,8 +15,10 @@ from mirror.domain.model import FilterStatus, Protection, SourceView
 class FilterControl(Protocol):
     async def status(self, *, timeout_s: float) -> FilterStatus: ...
 
-    def follow(self) -> AsyncIterator[FilterStatus]:
-        """The status now and after each change of state; ends with LinkLost when the filter goes away."""
+    def follow(self) -> AsyncGenerator[FilterStatus, None]:
+        """The status now and after each change of state; ends with LinkLost when the filter goes away.
+
+        A generator, so that who stops listening can close it (``aclosing``)."""
         ...
 
     async def resync_begin(self, *, timeout_s: float) -> int:
