@@ -125,7 +125,7 @@ show:
 
         times   (-($ - $$)) & (SECTOR_BYTES - 1) db 0
 %if $ - $$ > STUB_SECTORS_MAX * SECTOR_BYTES
-%error the stub has outgrown the floppy's first track
+%error the stub has outgrown the first track of the floppy
 %endif
 
         absolute VARS_ADDR

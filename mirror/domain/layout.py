@@ -32,7 +32,9 @@ class Field:
 
     @property
     def size_bytes(self) -> int:
-        return {"u8": 1, "u16": 2, "u32": 4, "u64": 8, "bytes": 1, "text": 1, "u64[]": 8}[self.kind] * self.count
+        return {"u8": 1, "u16": 2, "u32": 4, "u64": 8, "bytes": 1, "text": 1, "u64[]": 8}[
+            self.kind
+        ] * self.count
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,9 @@ class Layout:
             placed.append((field, offset))
             offset += field.size_bytes
         if offset > self.size_bytes:
-            raise ValueError(f"layout {self.name}: {offset} bytes of fields do not fit into {self.size_bytes}")
+            raise ValueError(
+                f"layout {self.name}: {offset} bytes of fields do not fit into {self.size_bytes}"
+            )
         return tuple(placed)
 
     def to_construct(self) -> construct.Struct[Any, Any]:
@@ -132,14 +136,20 @@ class Layout:
         lines += [f"#define {prefix}_VERSION {self.version}", f"#define {prefix}_SIZE {self.size_bytes}"]
         lines += [f"#define {prefix}_{name} {value}" for name, value in self.constants]
         for field, offset in self.all_fields():
-            lines.append(f"#define {prefix}_OFF_{field.name.upper()} {offset} /* {field.kind}: {field.doc} */")
+            lines.append(
+                f"#define {prefix}_OFF_{field.name.upper()} {offset} /* {field.kind}: {field.doc} */"
+            )
             if field.kind in ("bytes", "text", "u64[]"):
                 lines.append(f"#define {prefix}_LEN_{field.name.upper()} {field.count}")
         return "\n".join(lines)
 
     def to_nasm(self) -> str:
         prefix = self.name.upper()
-        lines = [f"; {self.doc}", f"{prefix}_VERSION equ {self.version}", f"{prefix}_SIZE equ {self.size_bytes}"]
+        lines = [
+            f"; {self.doc}",
+            f"{prefix}_VERSION equ {self.version}",
+            f"{prefix}_SIZE equ {self.size_bytes}",
+        ]
         lines += [
             f"{prefix}_MAGIC_LO equ {int.from_bytes(self.magic[:4], 'little'):#x}",
             f"{prefix}_MAGIC_HI equ {int.from_bytes(self.magic[4:], 'little'):#x}",

@@ -56,7 +56,9 @@ def human_lag(lag_ms: int) -> str:
 def encode(block: StatusBlock) -> bytes:
     """The 512 bytes of the status sector."""
     if block.last_sync_unix_ms:
-        last_sync = datetime.fromtimestamp(block.last_sync_unix_ms // 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        last_sync = datetime.fromtimestamp(block.last_sync_unix_ms // 1000, UTC).strftime(
+            "%Y-%m-%d %H:%M:%S UTC"
+        )
     else:
         last_sync = "never"
     return STATUS.build(

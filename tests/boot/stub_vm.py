@@ -38,11 +38,15 @@ class Qmp:
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(_ANSWER_TIMEOUT_S)
-        self._socket.connect(str(path))
         self._buffer = b""
-        if "QMP" not in self._message():
-            raise QmpError("no greeting")
-        self.command("qmp_capabilities")
+        try:
+            self._socket.connect(str(path))
+            if "QMP" not in self._message():
+                raise QmpError("no greeting")
+            self.command("qmp_capabilities")
+        except BaseException:
+            self._socket.close()
+            raise
 
     def close(self) -> None:
         self._socket.close()
@@ -139,7 +143,12 @@ class StubVm:
         command += ["-device", "VGA"] if vga else []
         command += ["-blockdev", json.dumps(floppy)]
         if machine.startswith("q35"):
-            command += ["-device", "isa-fdc,id=fdc,bootindexA=1", "-device", "floppy,id=fd0,bus=fdc.0,drive=stub"]
+            command += [
+                "-device",
+                "isa-fdc,id=fdc,bootindexA=1",
+                "-device",
+                "floppy,id=fd0,bus=fdc.0,drive=stub",
+            ]
         else:
             command += ["-global", "isa-fdc.bootindexA=1", "-device", "floppy,id=fd0,drive=stub"]
         for number, disk in enumerate(disks):
