@@ -58,7 +58,8 @@ class JobRun:
 
     async def substep(self, name: str) -> None:
         """The journal that an adapter calls inside a step; the guest may stand still meanwhile."""
-        step = f"{self.job.step.partition('/')[0]}/{name}"
+        main = self.job.step.partition("/")[0]
+        step = f"{main}/{name.removeprefix(f'{main}:')}"
         await self._put(step=step)
         self._context.crash_before(step)
 

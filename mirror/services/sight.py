@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from mirror.domain.decisions import Process, same_vm
-from mirror.domain.errors import Corrupt, HostError, UnknownVm, VmirrorError
+from mirror.domain.errors import HostError, VmirrorError
 from mirror.domain.model import Protection, VmDescription
 from mirror.domain.recovery import Graph, Link, Promotion, Sight
 from mirror.ports.source_vm import FilterPlacement, SourceVM
@@ -47,7 +47,8 @@ async def open_source(context: Context, protection: Protection) -> SeenSource:
     try:
         vm = await context.hosts.open(str(protection.vm.qmp_socket), timeout_s=context.settings.open_s)
         description = await vm.describe()
-    except (HostError, UnknownVm, Corrupt) as err:
+    except VmirrorError as err:
+        # Whatever it is (no socket, no answer, a monitor that somebody else holds): it cannot be asked.
         if vm is not None:
             await vm.close()
         return await _without_link(context, protection, str(err))
