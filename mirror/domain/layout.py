@@ -96,7 +96,8 @@ class Layout:
                 continue
             value = values[field.name]
             if field.kind == "text":
-                raw = str(value).encode()[: field.count - 1].decode(errors="ignore").encode()
+                raw = str(value).encode(errors="replace")  # a lone surrogate, as in a file name, becomes "?"
+                raw = raw[: field.count - 1].decode(errors="ignore").encode()
                 value = raw.ljust(field.count, b"\0")
             ready[field.name] = value
         block = bytearray(self.to_construct().build(ready))

@@ -79,9 +79,14 @@ def _decode_slot(raw: bytes) -> Superblock:
 
 
 def encode_slot(block: Superblock) -> tuple[int, bytes]:
-    """Where in the file this rewrite goes, and its 512 bytes."""
+    """Where in the file this rewrite goes, and its 512 bytes.
+
+    :raises ValueError: a block that :func:`decode` would not accept.
+    """
     if not 1 <= len(block.disk_sizes_bytes) <= DISKS_MAX:
         raise ValueError(f"{len(block.disk_sizes_bytes)} disks; 1 to {DISKS_MAX} fit")
+    if any(size < 1 for size in block.disk_sizes_bytes):
+        raise ValueError(f"disks of {block.disk_sizes_bytes} bytes: each must have at least one")
     sizes = block.disk_sizes_bytes + (0,) * (DISKS_MAX - len(block.disk_sizes_bytes))
     flags = (
         _CONST["FLAG_CONSISTENT"] * block.consistent

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from blocks import MIRRORING
+from blocks import MIRRORING, patched
 from stub_vm import StubVm
 
 from mirror.domain.status_block import encode
@@ -160,7 +160,7 @@ def _failing_disk(path: Path) -> list[str]:
 def test_a_drive_that_is_no_hard_disk_is_refused(boot: Boot, marker_disk: MarkerDisk, drive: int) -> None:
     vm = boot(encode(MIRRORING), disks=[marker_disk("A")])
     vm.wait_serial("vmirror-stub: awake")
-    vm.write_status(encode(replace(PROMOTED, boot_drive=drive)))
+    vm.write_status(patched(encode(PROMOTED), "boot_drive", bytes([drive])))  # Python refuses to make it
     vm.wait_serial(f"vmirror-stub: promotion refused: not a hard disk's number: 0x{drive:02X}")
     vm.write_status(encode(replace(PROMOTED, sequence=9)))
     booted(vm, "A", 0x80)

@@ -98,9 +98,9 @@ DEGRADED_SCREEN = f"""\
 DEGRADED_LINE = (
     "vmirror-stub: seq=18446744073709551615 state=DEGRADED vm=database-server-01.example.org"
     " gen=18446744073709551614 mode=lag consistent=no promoted=no drive=0x80 lag_ms=12345"
-    f' dirty_bytes=1610612736 last_sync="never" mirror="{"x" * 63}" text="The mirror did not answer within 8 s: '
-    "'/mnt/backup' hangs. Writes of the guest go on and are remembered; nothing is lost on the source."
-    ' Reconnecting."'
+    f' dirty_bytes=1610612736 last_sync="never" mirror="{"x" * 63}" text="'
+    "The mirror did not answer within 8 s: '/mnt/backup' hangs. Writes of the guest go on and are"
+    ' remembered; nothing is lost on the source. Reconnecting."'
 )
 
 
@@ -193,8 +193,8 @@ def test_hostile_bytes_in_every_text_stay_inside_their_fields(boot: Boot) -> Non
     ]
     assert vm.serial_lines()[0] == (
         f"vmirror-stub: seq=7 state=MIRRORING vm={('?????Z' * 11)[:64]} gen=3 mode=unknown consistent=no"
-        f' promoted=no drive=0x80 lag_ms=0 dirty_bytes=0 last_sync="{"?????Z" * 4}" mirror="{("?????Z" * 11)[:64]}"'
-        f' text="{("?????Z" * 30)[:160]}"'
+        f' promoted=no drive=0x80 lag_ms=0 dirty_bytes=0 last_sync="{"?????Z" * 4}"'
+        f' mirror="{("?????Z" * 11)[:64]}" text="{("?????Z" * 30)[:160]}"'
     )
 
 
