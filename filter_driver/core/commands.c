@@ -100,8 +100,6 @@ command_pause (struct filter *f, const char *reason, struct refusal *refusal)
   stop_forwarding (f, cause, true);
   {
     LOCK_FOR_CURRENT_SCOPE (&f->mu);
-    f->standing.mirror_connected = false;
-    f->probe_fault[0] = '\0';
     text_copy (f->cause, sizeof f->cause, cause);
     filter_changed_locked (f);
   }

@@ -142,7 +142,7 @@ command_named (const char *name)
 static json_t *
 operate (struct filter *f, enum command command, struct json_fields *fields, struct refusal *refusal)
 {
-  const char *reason = command == COMMAND_PAUSE || command == COMMAND_FENCE
+  const char *reason = command == COMMAND_PAUSE || command == COMMAND_RESUME || command == COMMAND_FENCE
                          ? json_take_string (fields, "reason", REASON_SIZE - 16)
                          : NULL;
   uint64_t connection;

@@ -7,7 +7,10 @@
 #include "clock.h"
 #include "resync.h"
 #include "scope.h"
+#include "tee.h"
 #include "text.h"
+
+#define LAST_FLUSH_MS 2000
 
 void
 filter_changed_locked (struct filter *f)
@@ -244,8 +247,27 @@ filter_start_threads (struct filter *f)
   return r == 0 ? 0 : -1;
 }
 
+/* What a last flush makes clean need not be copied after the next start. */
+static void
+flush_for_the_last_time (struct filter *f)
+{
+  int64_t deadline_us = in_ms (f->config->stall_ms < LAST_FLUSH_MS ? f->config->stall_ms : LAST_FLUSH_MS);
+  enum phase phase;
+  struct link *link = link_get (f, &phase);
+
+  for (unsigned i = 0; i < f->disk_count; i++)
+    tee_wait_requests (&f->disks[i], INT64_MAX, deadline_us);
+  if (link) {
+    filter_flush_unflushed (f, link, deadline_us);
+    link_put (link);
+  }
+  filter_lose_link (f, NULL, "the filter is being stopped");
+  for (unsigned i = 0; i < f->disk_count; i++)
+    tee_wait_requests (&f->disks[i], INT64_MAX, deadline_us);
+}
+
 void
-filter_free (struct filter *f)
+filter_stop (struct filter *f)
 {
   {
     LOCK_FOR_CURRENT_SCOPE (&f->mu);
@@ -253,19 +275,12 @@ filter_free (struct filter *f)
     resync_cancel_locked (f);
     filter_changed_locked (f);
   }
+  tee_hold_requests (f);
   if (f->threads_started) {
     pthread_join (f->probe_thread, NULL);
     pthread_join (f->heartbeat_thread, NULL);
   }
-  resync_wait_ended (f, INT64_MAX);
-  /* What a last flush makes clean need not be copied after the next start. */
-  enum phase phase;
-  struct link *link = link_get (f, &phase);
-  if (link) {
-    filter_flush_unflushed (f, link, in_ms (f->config->stall_ms < 2000 ? f->config->stall_ms : 2000));
-    link_put (link);
-    filter_lose_link (f, NULL, "the filter is being stopped");
-  }
+  flush_for_the_last_time (f);
   bool durable = !f->standing.failed;
   for (unsigned i = 0; durable && i < f->disk_count; i++)
     durable = dirty_map_sync (&f->disks[i].map) == 0;
@@ -273,6 +288,12 @@ filter_free (struct filter *f)
     f->saved.clean_stop = true;
     filter_store_state (f);
   }
+}
+
+void
+filter_free (struct filter *f)
+{
+  resync_wait_ended (f, INT64_MAX);
   for (unsigned i = 0; i < f->disk_count; i++) {
     struct disk *d = &f->disks[i];
     if (!d->map.base)

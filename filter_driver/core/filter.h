@@ -69,6 +69,7 @@ struct disk {
   pthread_mutex_t clients_mu; /* protects requests and request_count */
   pthread_cond_t request_ended; /* signalled while request_waiters > 0 */
   unsigned request_waiters;
+  bool held; /* [clients_mu] the process is about to end */
   struct request *requests;
   unsigned request_count;
 
@@ -124,7 +125,11 @@ struct filter {
    reason.  NULL only without memory. */
 struct filter *filter_new (const struct config *config, struct mirror_dev *mirror, struct source_dev *source);
 int filter_start_threads (struct filter *f);
-/* Ends the threads, flushes what it can within the stall time, and marks the stop as clean. */
+/* The end in good order, once: requests that come from now on are never answered (the source's hypervisor
+   sends them again, or its book has them), the others end, what can be flushed is flushed, the dirty maps
+   are on disk and the stop is marked as clean. */
+void filter_stop (struct filter *f);
+/* After filter_stop, and when no request and no control client is left. */
 void filter_free (struct filter *f);
 
 #define COUNT(f, name, n) __atomic_fetch_add (&(f)->counters.name, (uint64_t) (n), __ATOMIC_RELAXED)

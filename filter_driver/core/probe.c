@@ -133,7 +133,7 @@ probe_once (struct filter *f, char *fault)
 static bool
 wants_probe_locked (const struct filter *f)
 {
-  return !state_is_terminal (&f->standing) && f->standing.phase == PHASE_RESTING && !f->standing.paused;
+  return !state_is_terminal (&f->standing) && f->standing.phase == PHASE_RESTING;
 }
 
 static void

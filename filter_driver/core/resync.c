@@ -142,10 +142,6 @@ copy_is_allowed (struct filter *f, uint64_t connection, const struct copy_source
     if (sources[i].covers > d->client_connection)
       return refuse (refusal, REFUSED_BAD_REQUEST, "%s has had %" PRIu64 " client connections, not %" PRIu64,
                      d->config->name, d->client_connection, sources[i].covers);
-    if (sources[i].covers < d->client_connection)
-      return refuse (refusal, REFUSED_STALE,
-                     "the book of %s covers client connection %" PRIu64 ", the current one is %" PRIu64, d->config->name,
-                     sources[i].covers, d->client_connection);
     needed[i] = disk_needs_book_locked (d);
   }
   return 0;
@@ -266,6 +262,16 @@ is_current (struct copy_job *job)
   return job->f->link == job->link && !job->f->stopping;
 }
 
+/* A disk whose books leave a client connection out; NULL: none. */
+static const struct disk *
+disk_without_book_locked (const struct filter *f)
+{
+  for (unsigned i = 0; i < f->disk_count; i++)
+    if (disk_needs_book_locked (&f->disks[i]))
+      return &f->disks[i];
+  return NULL;
+}
+
 /* Nothing is left to copy: make the mirror's superblock say so, then MIRRORING. */
 static void
 enter_mirroring (struct copy_job *job)
@@ -297,6 +303,14 @@ enter_mirroring (struct copy_job *job)
     LOCK_FOR_CURRENT_SCOPE (&f->mu);
     if (f->link != job->link)
       return;
+    const struct disk *missing = disk_without_book_locked (f);
+    if (missing) {
+      char cause[REASON_SIZE];
+      text_format (cause, sizeof cause, "%s needs a book of its newest client connection (%" PRIu64 ")",
+                   missing->config->name, missing->client_connection);
+      filter_lose_link_locked (f, cause);
+      return;
+    }
     f->saved.generation++;
     f->saved.synced = true;
     f->saved.last_sync_unix_ms = (uint64_t) unix_ms ();

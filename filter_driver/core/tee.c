@@ -40,6 +40,8 @@ request_enter (struct disk *d, struct request *request)
   request->arrival_us = now_us ();
   request->prev = NULL;
   LOCK_FOR_CURRENT_SCOPE (&d->clients_mu);
+  while (d->held)
+    pthread_cond_wait (&d->request_ended, &d->clients_mu); /* until exit(2) */
   request->next = d->requests;
   if (request->next)
     request->next->prev = request;
@@ -240,6 +242,15 @@ client_close (struct client *client)
   if (d->client_connection == client->connection) {
     d->client_connected = false;
     filter_changed_locked (f);
+  }
+}
+
+void
+tee_hold_requests (struct filter *f)
+{
+  for (unsigned i = 0; i < f->disk_count; i++) {
+    LOCK_FOR_CURRENT_SCOPE (&f->disks[i].clients_mu);
+    f->disks[i].held = true;
   }
 }
 

@@ -29,5 +29,8 @@ void tee_flush (struct client *client);
 /* Waits until no request of the disk is left that had arrived by then; -1 with ETIMEDOUT. */
 int tee_wait_requests (struct disk *disk, int64_t arrived_until_us, int64_t deadline_us);
 
+/* From now on requests that come in wait for ever: the process is about to end. */
+void tee_hold_requests (struct filter *f);
+
 /* Age of the oldest request of any disk, 0 without one: for the watchdog. */
 int64_t tee_oldest_request_us (struct filter *f);

@@ -14,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "clock.h"
 #include "config.h"
 #include "control.h"
 #include "file_mirror.h"
@@ -22,6 +23,7 @@
 #include "nbd_mirror.h"
 #include "nbd_source.h"
 #include "notify.h"
+#include "scope.h"
 #include "tee.h"
 
 #define THREAD_MODEL NBDKIT_THREAD_MODEL_PARALLEL
@@ -34,6 +36,8 @@ static struct source_dev *source;
 static struct filter *filter;
 static struct control *control;
 static struct notify *notify;
+static pthread_t exit_thread;
+static bool exit_thread_started, unloading;
 
 static int
 vm_config (const char *key, const char *value)
@@ -63,6 +67,37 @@ vm_config_complete (void)
   return 0;
 }
 
+/* The end, by whichever way it comes first: nothing runs twice, and the second caller waits. */
+static void
+stop_once (void)
+{
+  static pthread_mutex_t mu = PTHREAD_MUTEX_INITIALIZER;
+  static bool stopped;
+
+  LOCK_FOR_CURRENT_SCOPE (&mu);
+  if (stopped || !filter)
+    return;
+  stopped = true;
+  filter_stop (filter);
+  control_stop (control);
+  notify_stop (notify);
+}
+
+/* On SIGTERM nbdkit waits until its clients have gone by themselves, but the source's hypervisor stays for
+   ever.  nbdkit_nanosleep returns early when nbdkit is about to end: then the filter is stopped in good order
+   here, and the process ends under its clients; they connect again to the next one. */
+static void *
+exit_main (void *opaque)
+{
+  (void) opaque;
+  while (nbdkit_nanosleep (3600, 0) == 0)
+    continue;
+  stop_once ();
+  if (!__atomic_load_n (&unloading, __ATOMIC_ACQUIRE))
+    _exit (0);
+  return NULL;
+}
+
 /* After nbdkit's fork (it stays in the foreground under the supervisor, but must not matter): threads. */
 static int
 vm_after_fork (void)
@@ -89,14 +124,25 @@ vm_after_fork (void)
     nbdkit_error ("NOTIFY_SOCKET: %m");
     return -1;
   }
+  errno = pthread_create (&exit_thread, NULL, exit_main, NULL);
+  if (errno) {
+    nbdkit_error ("threads: %m");
+    return -1;
+  }
+  exit_thread_started = true;
   return 0;
 }
 
 static void
 vm_unload (void)
 {
-  notify_stop (notify);
-  control_stop (control);
+  struct timespec until = deadline_timespec (in_ms (1000));
+
+  __atomic_store_n (&unloading, true, __ATOMIC_RELEASE);
+  stop_once ();
+  /* Its code is about to be unmapped. */
+  if (exit_thread_started && pthread_clockjoin_np (exit_thread, NULL, CLOCK_MONOTONIC, &until) != 0)
+    _exit (0);
   if (filter)
     filter_free (filter);
   if (mirror)
