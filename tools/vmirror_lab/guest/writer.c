@@ -1,0 +1,298 @@
+/* The record writer of the lab's guest.
+ *
+ * Appends 4 KiB records with one global sequence over one or more targets (files or block devices):
+ * record s goes to target s % N, slot s / N, then fdatasync; only when that has succeeded it is
+ * reported as "ACK s" on the port.  What is acknowledged there must be found on a mirror after a
+ * failover: whoever counts stands outside the VM and sees only the port.
+ *
+ *   writer scan TARGET...                 print "RECORDS first=.. last=.. count=.. bad=.."
+ *   writer run [-p PORT] [-l MIB] TARGET...   go on after the last record, until MIB per target
+ *   writer hammer [-p PORT] [-s SEED] TARGET...  random writes, 512 B to 64 KiB, zeroes and discards
+ *   writer button                         wait for the ACPI power button
+ *
+ * bad counts valid records behind the first gap: on a disk that lost a write in the middle.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <linux/input.h>
+#include <poll.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#define RECORD_BYTES 4096u
+#define TARGETS_MAX 8
+#define BEHIND_GAP_MAX 256u
+#define HAMMER_SPAN_BYTES (32u << 20)
+#define INPUTS_MAX 16
+
+struct record {
+  char magic[8];
+  uint64_t sequence;
+  uint64_t time_ns;
+  uint32_t crc;
+  uint32_t zero;
+  uint64_t payload[(RECORD_BYTES - 32) / 8];
+};
+_Static_assert (sizeof (struct record) == RECORD_BYTES, "a record is one page");
+
+static int port = -1;
+
+static void __attribute__ ((format (printf, 1, 2)))
+report (const char *format, ...)
+{
+  char line[128];
+  va_list ap;
+
+  va_start (ap, format);
+  int n = vsnprintf (line, sizeof line, format, ap);
+  va_end (ap);
+  if (write (port == -1 ? STDOUT_FILENO : port, line, (size_t) n) != n)
+    exit (3);
+}
+
+static uint32_t
+crc32 (const void *data, size_t size)
+{
+  static uint32_t table[256];
+  const unsigned char *p = data;
+  uint32_t crc = ~0u;
+
+  if (!table[1])
+    for (uint32_t i = 0; i < 256; i++) {
+      uint32_t c = i;
+      for (int bit = 0; bit < 8; bit++)
+        c = c & 1 ? 0xedb88320u ^ (c >> 1) : c >> 1;
+      table[i] = c;
+    }
+  while (size--)
+    crc = table[(crc ^ *p++) & 0xff] ^ (crc >> 8);
+  return ~crc;
+}
+
+static uint64_t
+scramble (uint64_t x)
+{
+  x += 0x9e3779b97f4a7c15u;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
+static void
+make_record (struct record *r, uint64_t sequence)
+{
+  struct timespec now;
+
+  clock_gettime (CLOCK_REALTIME, &now);
+  memset (r, 0, sizeof *r);
+  memcpy (r->magic, "VMRECORD", 8);
+  r->sequence = sequence;
+  r->time_ns = (uint64_t) now.tv_sec * 1000000000u + (uint64_t) now.tv_nsec;
+  for (size_t i = 0; i < sizeof r->payload / 8; i++)
+    r->payload[i] = scramble (sequence * 512 + i);
+  r->crc = crc32 (r, sizeof *r);
+}
+
+static int
+valid_record (struct record *r, uint64_t sequence)
+{
+  uint32_t crc = r->crc;
+
+  if (memcmp (r->magic, "VMRECORD", 8) != 0 || r->sequence != sequence)
+    return 0;
+  r->crc = 0;
+  int same = crc32 (r, sizeof *r) == crc;
+  r->crc = crc;
+  return same;
+}
+
+struct targets {
+  int fds[TARGETS_MAX];
+  uint64_t limit[TARGETS_MAX]; /* records that fit */
+  uint64_t count;
+};
+
+static void
+open_targets (struct targets *t, int argc, char **argv, int flags, uint64_t limit_bytes)
+{
+  memset (t, 0, sizeof *t);
+  if (argc < 1 || argc > TARGETS_MAX) {
+    fprintf (stderr, "writer: 1 to %d targets\n", TARGETS_MAX);
+    exit (2);
+  }
+  for (int i = 0; i < argc; i++) {
+    struct stat st;
+    t->fds[i] = open (argv[i], flags | O_CLOEXEC, 0600);
+    if (t->fds[i] == -1 || fstat (t->fds[i], &st) == -1) {
+      fprintf (stderr, "writer: %s: %s\n", argv[i], strerror (errno));
+      exit (2);
+    }
+    uint64_t size = S_ISBLK (st.st_mode) ? (uint64_t) lseek (t->fds[i], 0, SEEK_END) : limit_bytes;
+    t->limit[i] = (size < limit_bytes ? size : limit_bytes) / RECORD_BYTES;
+    t->count++;
+  }
+}
+
+/* The number of records without a gap; *bad: valid ones behind it. */
+static uint64_t
+scan (const struct targets *t, uint64_t *bad)
+{
+  static struct record r;
+  uint64_t good = 0, behind = 0;
+
+  *bad = 0;
+  for (uint64_t s = 0; behind < BEHIND_GAP_MAX; s++) {
+    int fd = t->fds[s % t->count];
+    ssize_t n = pread (fd, &r, sizeof r, (off_t) (s / t->count * RECORD_BYTES));
+    int ok = n == (ssize_t) sizeof r && valid_record (&r, s);
+    if (ok && behind == 0)
+      good++;
+    else {
+      behind++;
+      *bad += (uint64_t) ok;
+    }
+  }
+  return good;
+}
+
+static int
+run (struct targets *t)
+{
+  static struct record r;
+  uint64_t bad, s = scan (t, &bad);
+
+  for (;; s++) {
+    int fd = t->fds[s % t->count];
+    uint64_t slot = s / t->count;
+    if (slot >= t->limit[s % t->count]) {
+      report ("FULL %llu\n", (unsigned long long) s);
+      return 0;
+    }
+    make_record (&r, s);
+    ssize_t n = pwrite (fd, &r, sizeof r, (off_t) (slot * RECORD_BYTES));
+    if (n != (ssize_t) sizeof r || fdatasync (fd) == -1) {
+      report ("ERR %llu %d\n", (unsigned long long) s, n >= 0 ? errno : EIO);
+      return 1;
+    }
+    report ("ACK %llu\n", (unsigned long long) s);
+  }
+}
+
+/* Writes without order or flush all over the last 32 MiB of each target; every 256th op is reported, so
+   that an outside reader sees that it lives. */
+static int
+hammer (struct targets *t, uint64_t seed)
+{
+  static unsigned char buffer[65536];
+
+  for (uint64_t op = 0;; op++) {
+    uint64_t a = scramble (seed + 3 * op), b = scramble (seed + 3 * op + 1), c = scramble (seed + 3 * op + 2);
+    unsigned which = (unsigned) (a % t->count);
+    int fd = t->fds[which];
+    uint64_t size = t->limit[which] * RECORD_BYTES;
+    uint64_t span = size < HAMMER_SPAN_BYTES ? size : HAMMER_SPAN_BYTES;
+    uint64_t length = (1 + b % 128) * 512;
+    uint64_t offset = size - span + (c % ((span - length) / 512)) * 512;
+    int failed;
+
+    if (op % 16 == 15)
+      failed = fallocate (fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, (off_t) (offset & ~4095ull), 8192) == -1
+               && errno != EOPNOTSUPP;
+    else {
+      for (size_t i = 0; i < length / 8; i++)
+        ((uint64_t *) (void *) buffer)[i] = scramble (op * 8192 + i);
+      failed = pwrite (fd, buffer, length, (off_t) offset) != (ssize_t) length;
+    }
+    if (op % 64 == 63)
+      failed |= fdatasync (fd) == -1;
+    if (failed) {
+      report ("ERR %llu %d\n", (unsigned long long) op, errno);
+      return 1;
+    }
+    if (op % 256 == 255)
+      report ("ACK %llu\n", (unsigned long long) op);
+  }
+}
+
+static int
+wait_button (void)
+{
+  struct pollfd fds[INPUTS_MAX];
+  nfds_t n = 0;
+
+  for (int i = 0; i < INPUTS_MAX; i++) {
+    char path[64];
+    snprintf (path, sizeof path, "/dev/input/event%d", i);
+    int fd = open (path, O_RDONLY | O_CLOEXEC);
+    if (fd != -1)
+      fds[n++] = (struct pollfd) { .fd = fd, .events = POLLIN };
+  }
+  while (n && poll (fds, n, -1) > 0)
+    for (nfds_t i = 0; i < n; i++) {
+      struct input_event event;
+      if (fds[i].revents && read (fds[i].fd, &event, sizeof event) == (ssize_t) sizeof event && event.type == EV_KEY
+          && event.code == KEY_POWER && event.value == 1)
+        return 0;
+    }
+  return 1;
+}
+
+int
+main (int argc, char **argv)
+{
+  struct targets t;
+  uint64_t limit_bytes = 128u << 20, seed = 1, bad;
+  int option;
+
+  if (argc < 2)
+    return 2;
+  char **rest = argv + 1;
+  int count = argc - 1;
+  while ((option = getopt (count, rest, "p:l:s:")) != -1)
+    switch (option) {
+    case 'p':
+      port = open (optarg, O_WRONLY | O_CLOEXEC);
+      if (port == -1) {
+        perror (optarg);
+        return 2;
+      }
+      break;
+    case 'l':
+      limit_bytes = strtoull (optarg, NULL, 10) << 20;
+      break;
+    case 's':
+      seed = strtoull (optarg, NULL, 10);
+      break;
+    default:
+      return 2;
+    }
+  rest += optind;
+  count -= optind;
+
+  if (strcmp (argv[1], "button") == 0)
+    return wait_button ();
+  if (strcmp (argv[1], "scan") == 0) {
+    open_targets (&t, count, rest, O_RDONLY, limit_bytes);
+    uint64_t good = scan (&t, &bad);
+    printf ("RECORDS first=%d last=%lld count=%llu bad=%llu\n", good ? 0 : -1, (long long) good - 1,
+            (unsigned long long) good, (unsigned long long) bad);
+    return bad != 0;
+  }
+  if (strcmp (argv[1], "run") == 0) {
+    open_targets (&t, count, rest, O_RDWR | O_CREAT, limit_bytes);
+    return run (&t);
+  }
+  if (strcmp (argv[1], "hammer") == 0) {
+    open_targets (&t, count, rest, O_RDWR | O_CREAT, UINT64_MAX);
+    return hammer (&t, seed);
+  }
+  return 2;
+}
