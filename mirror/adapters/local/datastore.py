@@ -3,7 +3,6 @@
     disk0.raw …       the mirror's disks, sparse and raw: any tool can read them
     superblock        whose mirror this is, and who is newest (mirror.domain.superblock)
     protection.json   the manifest
-    launch.json       how the source's QEMU process was started beyond its command line
     stub.img          the boot stub, with the status sector at offset 512
 
 Everything here blocks and runs in the datastore's own thread (datastore_thread.py). The directory
@@ -28,7 +27,8 @@ from mirror.adapters.local.durable_files import (
     sync_directory,
     write_durably,
 )
-from mirror.domain import manifest, status_block, superblock
+from mirror.domain import manifest, status_block
+from mirror.domain import superblock as superblocks
 from mirror.domain.errors import Corrupt, HostError, Refused, UnsuitableMirror
 from mirror.domain.layout import STATUS
 from mirror.domain.model import ProtectedDisk, Protection, ProtectionState
@@ -45,7 +45,6 @@ class Datastore:
     """The mirror directory of one protection. Stateless: the files are the state."""
 
     protection: Protection
-    launch_record: str = "launch.json"
 
     @property
     def directory(self) -> Path:
@@ -100,8 +99,8 @@ class Datastore:
             strays = [path.name for path in self._our_paths() if os.path.lexists(path)]
             if strays:
                 raise self._unsuitable(
-                    f"{', '.join(strays)} there already, and no superblock says whose; choose another directory, "
-                    f"or move them away"
+                    f"{', '.join(strays)} there already, and no superblock says whose; choose another "
+                    f"directory, or move them away"
                 ) from None
             return
         except (Corrupt, OSError) as err:
@@ -112,8 +111,8 @@ class Datastore:
             raise self._unsuitable(f"it is the mirror of VM {found.vm_name!r} (protection {found.uuid})")
         if found.promoted:
             raise self._unsuitable(
-                f"it was promoted (generation {found.generation}, {found.reason!r}): it may hold newer data than "
-                f"the source"
+                f"it was promoted (generation {found.generation}, {found.reason!r}): it may hold newer data "
+                f"than the source"
             )
 
     def _check_not_the_source(self, disk: ProtectedDisk) -> None:
@@ -137,7 +136,8 @@ class Datastore:
             raise self._unsuitable(f"{disk.name}: {disk.mirror_path} is not a regular file")
         if found.st_size != disk.size_bytes:
             raise self._unsuitable(
-                f"{disk.name}: {disk.mirror_path} has {found.st_size} bytes, the source's disk {disk.size_bytes}"
+                f"{disk.name}: {disk.mirror_path} has {found.st_size} bytes, the source's disk has "
+                f"{disk.size_bytes}"
             )
 
     def _check_space(self) -> str | None:
@@ -169,7 +169,7 @@ class Datastore:
 
     # Making and removing
 
-    def create(self, stub: bytes, launch: bytes, *, now_unix_ms: int) -> None:
+    def create(self, stub: bytes, *, now_unix_ms: int) -> None:
         """Make what is missing. Idempotent; what is there already and ours is kept.
 
         :raises UnsuitableMirror: it is another's. :raises HostError: full, read-only, …
@@ -192,11 +192,10 @@ class Datastore:
                     writer="protect",
                     vm_name=self.protection.vm.name,
                 )
-                write_durably(Path(paths.superblock), superblock.new_file(first))
+                write_durably(Path(paths.superblock), superblocks.new_file(first))
             for disk in self.protection.disks:
                 self._create_image(disk)
             write_durably(Path(paths.manifest), manifest.encode(self.protection))
-            write_durably(self.directory / self.launch_record, launch)
             self._create_stub(stub, now_unix_ms)
             sync_directory(self.directory.parent)
         except OSError as err:
@@ -212,7 +211,8 @@ class Datastore:
                 os.ftruncate(descriptor, disk.size_bytes)
             elif found.st_size != disk.size_bytes:
                 raise self._unsuitable(
-                    f"{disk.name}: {disk.mirror_path} has {found.st_size} bytes, the source's disk {disk.size_bytes}"
+                    f"{disk.name}: {disk.mirror_path} has {found.st_size} bytes, the source's disk has "
+                    f"{disk.size_bytes}"
                 )
             os.fsync(descriptor)
         finally:
@@ -283,7 +283,6 @@ class Datastore:
         return [
             *(Path(disk.mirror_path) for disk in self.protection.disks),
             Path(paths.stub_image),
-            self.directory / self.launch_record,
             Path(paths.manifest),
             Path(paths.superblock),
         ]
@@ -299,14 +298,18 @@ class Datastore:
 
     def read_superblock(self) -> Superblock:
         """:raises Corrupt: no slot of it is to be believed. :raises OSError: not there or not readable."""
-        return superblock.decode(read_regular(Path(self.protection.paths.superblock)))
+        return superblocks.decode(read_regular(Path(self.protection.paths.superblock)))
+
+    def superblock(self) -> Superblock:
+        """:raises HostError: it cannot be read. :raises Corrupt: it is not to be believed."""
+        try:
+            return self.read_superblock()
+        except OSError as err:
+            raise self._failed("read the superblock", err) from err
 
     def require_own_superblock(self) -> Superblock:
         """:raises HostError: it cannot be read. :raises UnsuitableMirror: another protection's."""
-        try:
-            found = self.read_superblock()
-        except OSError as err:
-            raise self._failed("read the superblock", err) from err
+        found = self.superblock()
         if found.uuid != self.protection.uuid:
             raise self._unsuitable(f"it is the mirror of VM {found.vm_name!r} (protection {found.uuid})")
         return found
@@ -327,7 +330,7 @@ class Datastore:
             reason=reason,
         )
         path = Path(self.protection.paths.superblock)
-        offset, raw = superblock.encode_slot(promoted)
+        offset, raw = superblocks.encode_slot(promoted)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
@@ -391,14 +394,13 @@ class Datastore:
 
     # For the mirror VM
 
-    def read_launch_record(self) -> bytes:
-        """:raises OSError: not there."""
-        return read_regular(self.directory / self.launch_record)
-
     def takes_direct_io(self) -> bool:
-        """Whether images here can be opened with O_DIRECT (cache.direct=on)."""
+        """Whether images here can be opened with O_DIRECT (cache.direct=on); True when there is none yet."""
+        flags = os.O_RDONLY | os.O_DIRECT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            os.close(os.open(self.protection.disks[0].mirror_path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
+            os.close(os.open(self.protection.disks[0].mirror_path, flags))
+        except FileNotFoundError:
+            return True
         except OSError as err:
             if err.errno == errno.EINVAL:
                 return False
