@@ -5,13 +5,14 @@ it when it may have missed something; it is then *taken*: one transaction drains
 moves what the bitmap holds into a disabled copy, which is exported read-only together with the
 source (QEMU refuses to export a bitmap that still records).
 
-    vmirror-book        records
-    vmirror-book-copy   disabled; what was taken and not yet merged by the filter
-    vmirror-book-next   records too, during a rotation
+    vmirror-book, vmirror-book-next   one of them records, both do while one takes over from the other
+    vmirror-book-copy                 disabled; what was taken and not yet merged by the filter
 
-No entry is lost by a crash at any point: the copy is dropped only when the filter has durably
-merged it, and a copy that is found when the book is taken is merged into, never replaced. An entry
-too many only costs a block to be sent again.
+A bitmap that records is never cleared: with an iothread, a write could complete between the copying
+and the clearing and be in neither. Instead the other one starts to record first, then the first is
+merged into the copy (after a drain) and removed. So no entry is lost by a race, nor by a crash at
+any point: the copy is dropped only when the filter has durably merged it, and a copy or second
+bitmap that is found is merged, never replaced. An entry too many only costs a block sent again.
 
 QEMU has one NBD server for all exports; when somebody else runs it, we say so and change nothing.
 """
@@ -48,7 +49,9 @@ class Book:
     def __init__(self, link: QmpLink) -> None:
         self._link = link
         self._merged: set[str] = set()
-        """Disks whose copy is to be dropped as soon as its export is gone."""
+        """Source nodes whose copy is to be dropped as soon as its export is gone."""
+        self._rotation: dict[str, str] = {}
+        """Source nodes whose rotation we began, and the bitmap that is to go."""
 
     async def open(
         self, disks: Sequence[ProtectedDisk], export_socket: PurePath, *, with_bitmaps: bool, timeout_s: float
@@ -117,39 +120,45 @@ class Book:
             await self.close_exports(deadline)
 
     async def begin_rotation(self, disks: Sequence[ProtectedDisk], *, timeout_s: float) -> None:
-        """From here on a second bitmap records as well; one that a crash left is started anew."""
+        """From here on a second bitmap records as well, on every disk that has a first.
+
+        Begins with a drain (that of the transaction). Two that a crash has left become one first.
+        """
         deadline = Deadline(timeout_s, what=f"{self._link.who}: begin of the book's rotation")
         graph = await look(self._link, timeout_s=deadline.left_s())
-        sources = [self._source(graph, disk) for disk in disks]
+        self._rotation.clear()
+        doubled: list[dict[str, object]] = []
+        fresh: list[dict[str, object]] = []
+        rotation: dict[str, str] = {}
+        for disk in disks:
+            source = self._source(graph, disk)
+            recording = graph.nodes[source].recording_books()
+            if not recording:
+                continue  # no book to make smaller; open() starts a new one
+            first = recording[0]
+            if len(recording) > 1:
+                doubled.append(_action("merge", source, target=first, bitmaps=[recording[1]]))
+                doubled.append(_action("remove", source, recording[1]))
+            fresh.append(_action("add", source, _other(first), granularity=BOOK_GRANULARITY_BYTES))
+            rotation[source] = first
         # A name is free again only after the transaction that removes it: two of them.
-        stale = [source for source in sources if graph.nodes[source].bitmap(names.BOOK_NEXT)]
-        await self._transaction([_action("remove", source, names.BOOK_NEXT) for source in stale], deadline)
-        await self._transaction(
-            [
-                _action("add", source, names.BOOK_NEXT, granularity=BOOK_GRANULARITY_BYTES)
-                for source in sources
-            ],
-            deadline,
-        )
+        await self._transaction(doubled, deadline)
+        await self._transaction(fresh, deadline)
+        self._rotation.update(rotation)
 
     async def end_rotation(self, disks: Sequence[ProtectedDisk], *, timeout_s: float) -> None:
-        """The first bitmap forgets what it had before the second began: all of that is on the mirror.
+        """Drop the first bitmap: all that it had before the second began is on the mirror.
 
-        Bitmaps cannot be renamed, so the first is cleared and gets the second's entries, in one
-        transaction. Without a second one (a crash, a book taken meanwhile) nothing is forgotten.
+        Only what :meth:`begin_rotation` of this very connection began is ended; otherwise both stay.
         """
         deadline = Deadline(timeout_s, what=f"{self._link.who}: end of the book's rotation")
         graph = await look(self._link, timeout_s=deadline.left_s())
         actions = []
         for disk in disks:
             source = self._source(graph, disk)
-            book, following = (graph.nodes[source].bitmap(name) for name in (names.BOOK, names.BOOK_NEXT))
-            if following is None:
-                continue
-            if following.usable and book is not None and book.usable:
-                actions.append(_action("clear", source, names.BOOK))
-                actions.append(_action("merge", source, target=names.BOOK, bitmaps=[names.BOOK_NEXT]))
-            actions.append(_action("remove", source, names.BOOK_NEXT))
+            first = self._rotation.pop(source, None)
+            if first is not None and set(graph.nodes[source].recording_books()) == set(names.RECORDING_BOOKS):
+                actions.append(_action("remove", source, first))
         await self._transaction(actions, deadline)
 
     async def drain(self, deadline: Deadline) -> None:
@@ -159,34 +168,35 @@ class Book:
     # -- parts ---------------------------------------------------------------------------------------
 
     async def _take(self, graph: BlockGraph, sources: Mapping[str, str], deadline: Deadline) -> set[str]:
-        """One transaction over all disks. Returns the disks whose book is whole.
-
-        A second bitmap of a rotation is dropped: its entries are all in the first, and after this
-        the first starts empty anyway.
-        """
+        """Returns the disks whose book is whole; the others get a new one that begins now."""
+        self._rotation.clear()
         useless: list[dict[str, object]] = []
-        actions: list[dict[str, object]] = []
+        starting: list[dict[str, object]] = []
+        taking: list[dict[str, object]] = []
         whole: set[str] = set()
         for disk, source in sources.items():
             node = graph.nodes[source]
-            book, copy = node.bitmap(names.BOOK), node.bitmap(names.BOOK_COPY)
-            if node.bitmap(names.BOOK_NEXT):
-                actions.append(_action("remove", source, names.BOOK_NEXT))
-            if book is not None and book.usable:
-                whole.add(disk)
-                if copy is None:
-                    actions.append(
-                        _action(
-                            "add", source, names.BOOK_COPY, granularity=BOOK_GRANULARITY_BYTES, disabled=True
-                        )
-                    )
-                actions.append(_action("merge", source, target=names.BOOK_COPY, bitmaps=[names.BOOK]))
-                actions.append(_action("clear", source, names.BOOK))
+            recording, copy = node.recording_books(), node.bitmap(names.BOOK_COPY)
+            useless += [_action("remove", source, name) for name in node.useless_books()]
+            if not recording:
+                if copy is not None:
+                    useless.append(_action("remove", source, names.BOOK_COPY))
+                starting.append(_action("add", source, names.BOOK, granularity=BOOK_GRANULARITY_BYTES))
                 continue
-            useless += [_action("remove", source, one.name) for one in (book, copy) if one is not None]
-            actions.append(_action("add", source, names.BOOK, granularity=BOOK_GRANULARITY_BYTES))
+            whole.add(disk)
+            first = recording[0]
+            if len(recording) == 1:
+                starting.append(_action("add", source, _other(first), granularity=BOOK_GRANULARITY_BYTES))
+            if copy is None:
+                options = {"granularity": BOOK_GRANULARITY_BYTES, "disabled": True}
+                taking.append(_action("add", source, names.BOOK_COPY, **options))
+            taking.append(_action("merge", source, target=names.BOOK_COPY, bitmaps=list(recording)))
+            taking.append(_action("remove", source, first))
         await self._transaction(useless, deadline)
-        await self._transaction(actions, deadline)
+        await self._transaction(starting, deadline)
+        await self._transaction(taking, deadline)
+        if not taking:
+            await self.drain(deadline)
         return whole
 
     async def _export(self, disk: str, source: str, *, with_copy: bool, deadline: Deadline) -> None:
@@ -246,6 +256,10 @@ class Book:
 
     async def _do(self, command: str, arguments: dict[str, Any] | None = None, *, deadline: Deadline) -> Any:
         return await self._link.execute(command, arguments, timeout_s=deadline.left_s())
+
+
+def _other(book: str) -> str:
+    return names.BOOK_OTHER if book == names.BOOK else names.BOOK
 
 
 def _action(verb: str, node: str, name: str | None = None, **options: object) -> dict[str, object]:

@@ -31,10 +31,11 @@ _JOB_NODES_MAX = 8
 _OURS = re.compile(r"^vmirror-(filter|tee|park|hold)-(disk[0-9]+)(-[0-9]+)?$")
 
 BOOK = "vmirror-book"
-BOOK_NEXT = "vmirror-book-next"
+BOOK_OTHER = "vmirror-book-next"
 BOOK_COPY = "vmirror-book-copy"
-BOOKS = (BOOK, BOOK_NEXT, BOOK_COPY)
-"""Our dirty bitmaps on a source node."""
+RECORDING_BOOKS = (BOOK, BOOK_OTHER)
+BOOKS = (BOOK, BOOK_OTHER, BOOK_COPY)
+"""Our dirty bitmaps on a source node; what each is for is told in book.py."""
 
 
 def filter_node(disk: str) -> str:
@@ -97,6 +98,16 @@ class BlockNode(_Model):
 
     def bitmap(self, name: str) -> Bitmap | None:
         return next((bitmap for bitmap in self.bitmaps if bitmap.name == name), None)
+
+    def recording_books(self) -> tuple[str, ...]:
+        """Our bitmaps that have recorded every write since they were added."""
+        return tuple(
+            name for name in RECORDING_BOOKS if (bitmap := self.bitmap(name)) is not None and bitmap.usable
+        )
+
+    def useless_books(self) -> tuple[str, ...]:
+        """Our bitmaps that should record but do not (QEMU calls them inconsistent, or disabled them)."""
+        return tuple(name for name in RECORDING_BOOKS if (bitmap := self.bitmap(name)) and not bitmap.usable)
 
 
 class _Block(_Model):

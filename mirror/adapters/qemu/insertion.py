@@ -34,8 +34,8 @@ import asyncio
 import os
 import stat
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, TypeVar
@@ -69,7 +69,7 @@ OPEN_TIMEOUT_S = 2
 PROBE_TIMEOUT_S = 5.0
 YANK_TIMEOUT_S = 3.0
 STOP_PATIENCE_S = 2.0
-"""A ``stop`` that drains through a tee for longer than this gets the tee yanked."""
+"""A command that drains through a tee for longer than this gets the tee yanked (:meth:`impatient`)."""
 
 SETTLE_TIMEOUT_S = 10.0
 """For putting everything back after a failure: beyond the failed operation's own deadline."""
@@ -156,7 +156,7 @@ class Insertion:
                 await self._put_filter(slot, deadline)
 
         await journal("insert:stop")
-        stun = await self._switch(disks, steps, was_running=was_running, yank=False, deadline=deadline)
+        stun = await self._switch(disks, steps, was_running=was_running, deadline=deadline)
         await journal("insert:tidy")
         await self._sweep_kinds(disks, ("park", "hold"), deadline)
         return stun
@@ -180,7 +180,7 @@ class Insertion:
         stun = Stun(0.0)
         await journal("remove:stop")
         if any(graph.placement(slot.disk.qom_path) is not FilterPlacement.OUT for slot in slots):
-            stun = await self._switch(disks, steps, was_running=was_running, yank=True, deadline=deadline)
+            stun = await self._switch(disks, steps, was_running=was_running, deadline=deadline)
         await journal("remove:tidy")
         await self._drop_books(deadline)
         await self._sweep_kinds(disks, ("tee", "park", "hold"), deadline)
@@ -219,7 +219,7 @@ class Insertion:
                 await self._drop_filter(slot, deadline)
                 await self._put_filter(slot, deadline)
 
-        stun = await self._switch(disks, steps, was_running=was_running, yank=True, deadline=deadline)
+        stun = await self._switch(disks, steps, was_running=was_running, deadline=deadline)
         await self._sweep_kinds(disks, ("tee", "park", "hold"), deadline)
         return stun
 
@@ -241,6 +241,31 @@ class Insertion:
         if instances:
             await self._link.execute_oob("yank", {"instances": instances}, timeout_s=YANK_TIMEOUT_S)
         return tuple(str(instance["node-name"]) for instance in instances)
+
+    @asynccontextmanager
+    async def impatient(self, disks: Sequence[ProtectedDisk]) -> AsyncIterator[None]:
+        """Inside, a command that QEMU does not answer for a while gets the tees yanked.
+
+        For callers who take the filter out anyway: its writes that still wait need not reach it.
+        """
+        frees: set[asyncio.Task[None]] = set()
+
+        async def free(command: str) -> None:
+            try:
+                nodes = await self.yank_tees(disks)
+            except HostError as err:
+                _log.warning("tees could not be yanked", vm=self._link.who, command=command, error=str(err))
+            else:
+                _log.warning("QEMU waited for a tee: yanked", vm=self._link.who, command=command, nodes=nodes)
+
+        with self._link.when_slow(
+            STOP_PATIENCE_S, lambda command: frees.add(asyncio.create_task(free(command)))
+        ):
+            try:
+                yield
+            finally:
+                if frees:
+                    await asyncio.wait(frees)
 
     # -- finding and finishing what is half done ----------------------------------------------------
 
@@ -284,7 +309,7 @@ class Insertion:
                 )
             if running:
                 was_running = True
-                await self._stop(disks, yank=True, deadline=deadline)
+                await self._stop(deadline)
             slots = [self._slot(graph, disk) for disk in astray]
             await self._prepare_way_back(graph, slots, deadline)
             graph = await look(self._link, timeout_s=deadline.left_s())
@@ -320,7 +345,6 @@ class Insertion:
         steps: Callable[[], Awaitable[None]],
         *,
         was_running: bool,
-        yank: bool,
         deadline: Deadline,
     ) -> Stun:
         """Run ``steps`` while the VM stands still; put everything back when one of them fails.
@@ -328,7 +352,7 @@ class Insertion:
         Not interrupted by a cancellation of the caller, who gets it when the VM runs again.
         """
         return await self._finish(
-            self._switch_undisturbed(disks, steps, was_running=was_running, yank=yank, deadline=deadline)
+            self._switch_undisturbed(disks, steps, was_running=was_running, deadline=deadline)
         )
 
     async def _switch_undisturbed(
@@ -337,7 +361,6 @@ class Insertion:
         steps: Callable[[], Awaitable[None]],
         *,
         was_running: bool,
-        yank: bool,
         deadline: Deadline,
     ) -> Stun:
         loop = asyncio.get_running_loop()
@@ -345,7 +368,7 @@ class Insertion:
             began_s = loop.time()
             try:
                 if was_running:
-                    await self._stop(disks, yank=yank, deadline=deadline)
+                    await self._stop(deadline)
                 await steps()
                 if was_running:
                     await self._do("cont", deadline=deadline)
@@ -360,7 +383,8 @@ class Insertion:
         """:raises HostError: it could not be undone either; the VM is left paused, its data intact."""
         deadline = Deadline(SETTLE_TIMEOUT_S, what=f"{self._link.who}: undoing a failed switch")
         try:
-            await self.settle(disks, was_running=was_running, deadline=deadline)
+            async with self.impatient(disks):
+                await self.settle(disks, was_running=was_running, deadline=deadline)
         except LinkLost as err:
             raise LinkLost(f"{cause}; and while undoing it: {err}") from err
         except VmirrorError as err:
@@ -369,22 +393,14 @@ class Insertion:
                 "recovery puts it back as soon as QEMU answers again"
             ) from err
 
-    async def _stop(self, disks: Sequence[ProtectedDisk], *, yank: bool, deadline: Deadline) -> None:
-        """Pause the VM. QEMU drains and flushes all disks here, so a hung tee or source holds it up."""
-        stop = asyncio.create_task(self._do("stop", deadline=deadline))
+    async def _stop(self, deadline: Deadline) -> None:
+        """Pause the VM. QEMU drains and flushes all disks here: a hung tee, or source, holds it up."""
         try:
-            if yank:
-                done, _ = await asyncio.wait((stop,), timeout=STOP_PATIENCE_S)
-                if not done:
-                    nodes = await self.yank_tees(disks)
-                    _log.warning("stop waited for a tee: yanked", vm=self._link.who, nodes=nodes)
-            await stop
+            await self._do("stop", deadline=deadline)
         except TimedOut:
             # No device was touched yet. Should the stop come to its end later, the VM goes on.
             self._link.post("cont")
             raise
-        finally:
-            stop.cancel()
 
     async def _resume(self, was_running: bool, deadline: Deadline) -> None:
         """Let a VM go on that stands only because of us: not one that an I/O error or a user paused."""
@@ -521,13 +537,13 @@ class Insertion:
 
     async def _start_books(self, slots: Sequence[_Slot], graph: BlockGraph, deadline: Deadline) -> None:
         """QEMU's dirty bitmap on every source node, from before the first write that a tee could miss."""
-        useless, fresh = [], []
+        useless: list[dict[str, object]] = []
+        fresh: list[dict[str, object]] = []
         for slot in slots:
-            old = graph.nodes[slot.source].bitmap(names.BOOK)
-            if old is not None and old.usable:
+            node = graph.nodes[slot.source]
+            if node.recording_books():
                 continue  # it has recorded all the while, also while the filter was out
-            if old is not None:
-                useless.append(_action("remove", slot.source, names.BOOK))
+            useless += [_action("remove", slot.source, name) for name in node.useless_books()]
             fresh.append(_action("add", slot.source, names.BOOK, granularity=BOOK_GRANULARITY_BYTES))
         for actions in (useless, fresh):
             if actions:

@@ -139,6 +139,7 @@ class QmpLink:
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._client = client
         self._watches: list[Watch] = []
+        self._when_slow: tuple[float, Callable[[str], object]] | None = None
         self._closing = asyncio.Event()
         # The library's default listener would keep every event for ever.
         client.events.event_filter = lambda _event: False
@@ -226,6 +227,10 @@ class QmpLink:
     ) -> Any:
         if self.lost.done():
             raise LinkLost(f"{self.who}: {command}: the monitor is gone: {self.lost.result()}")
+        slow: asyncio.TimerHandle | None = None
+        if self._when_slow is not None and not oob:
+            after_s, callback = self._when_slow
+            slow = asyncio.get_running_loop().call_later(after_s, callback, command)
         try:
             async with asyncio.timeout(max(timeout_s, 0.0)):
                 return await self._client.execute(command, arguments, oob=oob)
@@ -242,6 +247,18 @@ class QmpLink:
             ) from err
         except QMPError as err:
             raise LinkLost(f"{self.who}: {command}: not understood: {err}") from err
+        finally:
+            if slow is not None:
+                slow.cancel()
+
+    @contextmanager
+    def when_slow(self, after_s: float, callback: Callable[[str], object]) -> Iterator[None]:
+        """Inside, ``callback(command)`` is called for each command that is unanswered after ``after_s``."""
+        before, self._when_slow = self._when_slow, (after_s, callback)
+        try:
+            yield
+        finally:
+            self._when_slow = before
 
     def post(self, command: str) -> None:
         """Send ``command`` behind one that is still running, and do not wait for its answer.

@@ -69,7 +69,8 @@ class Session:
         self.insertion = Insertion(link, open_timeout=qemu_version >= OPEN_TIMEOUT_SINCE)
         self.book = Book(link)
         self.graph_lock = asyncio.Lock()
-        """Held by whoever changes the block graph, bitmaps or exports."""
+        """Held by whoever changes the block graph, bitmaps or exports, and by whoever looks, so that
+        nobody takes a switch of ours for a VM that somebody paused half-way."""
         self.handles = 0
         self._on_last_close = on_last_close
 
@@ -105,7 +106,8 @@ class QemuSourceVM:
         return asyncio.shield(self._session.link.lost)
 
     async def describe(self) -> VmDescription:
-        return await describe(self._session.link, self._session.process, self._session.socket)
+        async with self._graph(ASK_TIMEOUT_S, "looking at it"):
+            return await describe(self._session.link, self._session.process, self._session.socket)
 
     async def plan_disks(self, names: Sequence[str] | None) -> tuple[ProtectedDisk, ...]:
         """:raises UsageError: a name that does not exist, or too many disks.
@@ -157,7 +159,8 @@ class QemuSourceVM:
         await rehearsal.run(_ANY_MACHINE.sub("", str(kind)), disks, timeout_s=timeout_s)
 
     async def placement(self, disk: ProtectedDisk) -> FilterPlacement:
-        graph = await look(self._session.link, timeout_s=ASK_TIMEOUT_S)
+        async with self._graph(ASK_TIMEOUT_S, "looking at its disks") as deadline:
+            graph = await look(self._session.link, timeout_s=deadline.left_s())
         return graph.placement(disk.qom_path)
 
     async def insert(
@@ -181,7 +184,11 @@ class QemuSourceVM:
         return stun
 
     async def remove(self, disks: Sequence[ProtectedDisk], *, journal: StepJournal, timeout_s: float) -> Stun:
-        async with self._graph(timeout_s, "removal of the filter") as deadline:
+        session = self._session
+        async with (
+            self._graph(timeout_s, "removal of the filter") as deadline,
+            session.insertion.impatient(disks),
+        ):
             await self._session.book.close_exports(deadline)
             stun = await self._session.insertion.remove(disks, journal=journal, timeout_s=deadline.left_s())
         _log.info("filter removed", vm=self._session.link.who, disks=len(disks), stun_ms=stun.stun_ms)
@@ -190,7 +197,8 @@ class QemuSourceVM:
     async def recover(
         self, disks: Sequence[ProtectedDisk], *, was_running: bool, timeout_s: float
     ) -> FilterPlacement:
-        async with self._graph(timeout_s, "recovery") as deadline:
+        session = self._session
+        async with self._graph(timeout_s, "recovery") as deadline, session.insertion.impatient(disks):
             await self._session.book.close_exports(deadline)
             placement = await self._session.insertion.recover(
                 disks, was_running=was_running, timeout_s=deadline.left_s()
@@ -245,9 +253,8 @@ class QemuSourceVM:
         await self._session.book.drain(Deadline(timeout_s, what=f"{self._session.link.who}: drain"))
 
     async def is_running(self) -> bool:
-        return await self._session.insertion.is_running(
-            Deadline(ASK_TIMEOUT_S, what=f"{self._session.link.who}: asking whether it runs")
-        )
+        async with self._graph(ASK_TIMEOUT_S, "asking whether it runs") as deadline:
+            return await self._session.insertion.is_running(deadline)
 
     async def power_off(self, *, timeout_s: float) -> None:
         """Ask QEMU to stop and to quit; what does not end by itself is killed.
