@@ -30,6 +30,10 @@ STALE_RETRIES_MAX = 3
 """A stale connection number is tried again at once so often, then with back-off like all else."""
 
 
+IDLE_COPY_S = 3.0
+"""A resync that was begun and shows no progress for so long has no owner any more."""
+
+
 class Sync:
     """One task: resyncs and rotations exclude each other by being here together."""
 
@@ -44,6 +48,9 @@ class Sync:
             self._context.clock, self._context.events, known.vm, "sync", again_s=settings.log_again_s
         )
         self._stale = 0
+        self._begun = False
+        """An attempt of ours got as far as ``resync-begin`` and did not end well."""
+        self._idle_since_s = 0.0
         self._rotate_at_s = self._context.clock.monotonic_s() + settings.rotate_every_s
 
     async def run(self) -> None:
@@ -52,12 +59,33 @@ class Sync:
             control, source = known.control, known.source
             if status is None or control is None or source is None or known.filter_silent_since_unix_ms:
                 await known.wait_change(self._context.settings.look_every_s)
-            elif status.needs_resync:
+            elif self._wanted(status):
                 await self._attempt(control, source, status)
             elif self._context.clock.monotonic_s() >= self._rotate_at_s and steady(status):
                 await self._rotate(control, source)
             else:
                 await known.wait_change(self._context.settings.look_every_s)
+
+    def _wanted(self, status: FilterStatus) -> bool:
+        """Does the filter need a resync from us now?
+
+        Beside its own word: after ``resync-begin`` it waits for the copy's order and asks for nothing. If
+        our attempt broke off there, or the appliance before us died there, nobody would ever come.
+        """
+        if status.needs_resync:
+            self._idle_since_s = 0.0
+            return True
+        if status.state not in _COPYING or not status.mirror_connected:
+            self._begun, self._idle_since_s = False, 0.0
+            return False
+        if self._begun:
+            return True
+        now_s = self._context.clock.monotonic_s()
+        if status.progress is not None:
+            self._idle_since_s = 0.0
+            return False
+        self._idle_since_s = self._idle_since_s or now_s
+        return now_s - self._idle_since_s >= IDLE_COPY_S
 
     async def _attempt(self, control: FilterControl, source: SourceVM, status: FilterStatus) -> None:
         try:
@@ -72,6 +100,7 @@ class Sync:
             await self._failed(err)
         else:
             self._stale = 0
+            self._begun = False
             self._known.sync_error = ""
             self._trouble.worked()
             self._backoff.reset()
@@ -93,6 +122,7 @@ class Sync:
         first = status.state is ProtectionState.SYNCING
         context.events.add(self._known.vm, "sync", "the initial sync begins" if first else "a resync begins")
         await context.mirror.renew_exports(protection, timeout_s=settings.exports_s)
+        self._begun = True
         mirror_connection = await control.resync_begin(timeout_s=settings.control_s + settings.exports_s)
         now = await control.status(timeout_s=settings.control_s)
         clients = {disk.name: disk.client_connection for disk in now.disks}

@@ -33,12 +33,17 @@ class Killed(BaseException):
     """The appliance is gone at this point; no handler of ours may see it coming."""
 
 
-def kill_before(step: str) -> Callable[[str], None]:
-    def crash(journalled: str) -> None:
-        if journalled == step:
-            raise Killed(step)
+class KillBefore:
+    """The crash hook: ends the appliance when ``step`` was journalled."""
 
-    return crash
+    def __init__(self, step: str) -> None:
+        self.step = step
+        self.happened = False
+
+    def __call__(self, journalled: str) -> None:
+        if journalled == self.step:
+            self.happened = True
+            raise Killed(self.step)
 
 
 class World:
