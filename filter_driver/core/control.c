@@ -23,6 +23,8 @@
 #define EVENT_TIMEOUT_MS 1000
 #define PROGRESS_INTERVAL_MS 1000
 #define HALF_LINE_TIMEOUT_MS 10000
+#define DISCARD_TIMEOUT_MS 1000
+#define DISCARD_READS_MAX 64
 #define OPERATION_TIMEOUT_MS 60000
 
 /* -- one line -- */
@@ -345,6 +347,22 @@ answer_line (struct control_client *c, const char *line, size_t length)
   return r;
 }
 
+/* A close with unread input makes the kernel send a reset, which can overtake the answer: what the client
+   still sends is read away first, within bounds. */
+static void
+discard_input (struct control_client *c)
+{
+  int64_t deadline_us = in_ms (DISCARD_TIMEOUT_MS);
+
+  shutdown (c->fd, SHUT_WR);
+  for (unsigned i = 0; i < DISCARD_READS_MAX; i++) {
+    struct pollfd fds[] = { { .fd = c->fd, .events = POLLIN }, { .fd = c->control->stop_fd, .events = POLLIN } };
+    if (poll (fds, 2, poll_timeout_ms (deadline_us)) <= 0 || fds[1].revents
+        || recv (c->fd, c->buffer, sizeof c->buffer, MSG_DONTWAIT) <= 0)
+      return;
+  }
+}
+
 /* Whole lines are answered one after the other; -1 ends the client. */
 static int
 take_input (struct control_client *c)
@@ -367,8 +385,8 @@ take_input (struct control_client *c)
   if (c->buffered < CONTROL_LINE_MAX)
     return 0;
   char *refusal = line_of (error_message (json_null (), REFUSED_BAD_REQUEST, "the line is longer than 64 KiB"));
-  if (refusal)
-    send_line (c, refusal, ANSWER_TIMEOUT_MS);
+  if (refusal && send_line (c, refusal, ANSWER_TIMEOUT_MS) == 0)
+    discard_input (c);
   free (refusal);
   return -1;
 }
