@@ -22,13 +22,17 @@ from mirror.api.schemas import JobView
 from mirror.domain.errors import NotProtected, VmirrorError
 
 
+PIPE_WIDTH = 240
+"""Into a pipe or file nothing is wrapped or cut for a screen that is not there."""
+
+
 def out() -> Console:
     """Made anew each time: a test, or a pipe, may have exchanged the streams."""
-    return Console(file=sys.stdout, soft_wrap=not sys.stdout.isatty())
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
 def err() -> Console:
-    return Console(file=sys.stderr, soft_wrap=not sys.stderr.isatty())
+    return Console(file=sys.stderr, width=None if sys.stderr.isatty() else PIPE_WIDTH)
 
 
 def say(text: str) -> None:

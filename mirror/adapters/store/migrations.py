@@ -90,7 +90,10 @@ def migrate(path: Path, migrations: Sequence[Migration] = MIGRATIONS) -> Path | 
     except sqlite3.DatabaseError as err:
         if isinstance(err, sqlite3.OperationalError):
             raise HostError(f"{path}: the database cannot be opened: {err}") from err
-        raise Corrupt(f"{path}: not a database that can be read: {err}") from err
+        raise Corrupt(
+            f"{path}: not a database that can be read: {err}. Protected VMs go on. Move the file away, start "
+            f"vmirrord again, and take the protections up with: vmirror adopt"
+        ) from err
 
 
 def _backup(db: sqlite3.Connection, path: Path, version: int) -> Path:
