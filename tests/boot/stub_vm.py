@@ -101,7 +101,10 @@ class Screen:
 
 
 class StubVm:
-    """A VM on the boot stub. ``disks``: images, the first is BIOS drive 0x80."""
+    """A VM on the boot stub. ``disks``: images, the first is BIOS drive 0x80.
+
+    With ``floppy=False`` the BIOS boots the first disk itself: what a promotion is compared with.
+    """
 
     def __init__(
         self,
@@ -113,6 +116,7 @@ class StubVm:
         memory_mib: int = 64,
         vga: bool = True,
         serial: bool = True,
+        floppy: bool = True,
         extra: Sequence[str] = (),
         environment: dict[str, str] | None = None,
     ) -> None:
@@ -122,7 +126,8 @@ class StubVm:
         self._serial = directory / "serial"
         self._stderr = directory / "stderr"
         self._qmp_path = directory / "qmp"
-        self._command = self._command_line(machine, disks, memory_mib, vga=vga, serial=serial) + list(extra)
+        self._command = self._command_line(machine, disks, memory_mib, vga=vga, serial=serial)
+        self._command += [*(self._floppy(machine) if floppy else []), *extra]
         self._environment = dict(os.environ) | (environment or {})
         self._process: subprocess.Popen[bytes] | None = None
         self._qmp: Qmp | None = None
@@ -130,33 +135,30 @@ class StubVm:
     def _command_line(
         self, machine: str, disks: Sequence[Path], memory_mib: int, *, vga: bool, serial: bool
     ) -> list[str]:
-        floppy = {
-            "driver": "raw",
-            "node-name": "stub",
-            "read-only": True,
-            "file": {"driver": "file", "filename": str(self.stub_image), "locking": "off"},
-        }
         command = ["qemu-system-x86_64", "-machine", machine, "-accel", "tcg", "-m", str(memory_mib)]
         command += ["-nodefaults", "-display", "none"]
         command += ["-qmp", f"unix:{self._qmp_path},server=on,wait=off"]
         command += ["-serial", f"file:{self._serial}" if serial else "none"]
         command += ["-device", "VGA"] if vga else []
-        command += ["-blockdev", json.dumps(floppy)]
-        if machine.startswith("q35"):
-            command += [
-                "-device",
-                "isa-fdc,id=fdc,bootindexA=1",
-                "-device",
-                "floppy,id=fd0,bus=fdc.0,drive=stub",
-            ]
-        else:
-            command += ["-global", "isa-fdc.bootindexA=1", "-device", "floppy,id=fd0,drive=stub"]
         for number, disk in enumerate(disks):
             node = {"driver": "raw", "node-name": f"d{number}"}
             node |= {"file": {"driver": "file", "filename": str(disk)}}  # type: ignore[dict-item]
             command += ["-blockdev", json.dumps(node)]
             command += ["-device", f"virtio-blk-pci,drive=d{number},bootindex={number + 2}"]
         return command
+
+    def _floppy(self, machine: str) -> list[str]:
+        floppy = {
+            "driver": "raw",
+            "node-name": "stub",
+            "read-only": True,
+            "file": {"driver": "file", "filename": str(self.stub_image), "locking": "off"},
+        }
+        command = ["-blockdev", json.dumps(floppy)]
+        if machine.startswith("q35"):  # no floppy controller of its own
+            command += ["-device", "isa-fdc,id=fdc,bootindexA=1"]
+            return [*command, "-device", "floppy,id=fd0,bus=fdc.0,drive=stub"]
+        return [*command, "-global", "isa-fdc.bootindexA=1", "-device", "floppy,id=fd0,drive=stub"]
 
     def start(self) -> None:
         with self._stderr.open("wb") as stderr:
