@@ -21,7 +21,6 @@ from mirror.api.client import Client, error_of
 from mirror.api.schemas import JobView
 from mirror.domain.errors import NotProtected, VmirrorError
 
-
 PIPE_WIDTH = 240
 """Into a pipe or file nothing is wrapped or cut for a screen that is not there."""
 
