@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from mirror.adapters.qemu.qmp import QmpLink
 from mirror.domain.model import DeviceKind
+from vmirror_lab.qemu_builds import QemuBuild, installed
 
 WAIT_S = 20.0
 DISK_BYTES = 8 * 1024 * 1024
@@ -47,7 +48,7 @@ class BareVm:
         folder: Path,
         disks: Sequence[BareDisk] = (BareDisk(),),
         *,
-        program: Sequence[str] = ("qemu-system-x86_64",),
+        build: QemuBuild | None = None,
         name: str = "web",
         running: bool = True,
         extra: Sequence[str] = (),
@@ -57,7 +58,13 @@ class BareVm:
         self.name = name
         self.qmp = folder / "qmp"
         self._own_qmp = folder / "own-qmp"
-        self._arguments = [*program, *self._command_line(name, running=running), *extra]
+        self._build = build or installed()
+        self._arguments = [
+            str(self._build.system),
+            *self._build.data_args,
+            *self._command_line(name, running=running),
+            *extra,
+        ]
         self.process: subprocess.Popen[bytes] | None = None
         self._link: QmpLink | None = None
 
@@ -102,7 +109,9 @@ class BareVm:
                 ],
                 check=True,
             )
-        self.process = subprocess.Popen(self._arguments, stdin=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            self._arguments, stdin=subprocess.DEVNULL, env=self._build.environment()
+        )
 
     async def __aexit__(self, *_: object) -> None:
         self.kill()

@@ -126,12 +126,11 @@ class _ThrowAwayVm:
     async def _start(self) -> asyncio.subprocess.Process:
         # The kernel's link to the running program, not its path: after an upgrade they differ.
         launcher = self._process.launcher()
-        environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **self._process.loader_environment()}
         with self._stderr.open("wb") as stderr:
             return await asyncio.create_subprocess_exec(
                 *launcher,
                 *command_line(self._process, self._shape, self._dir),
-                env=environment,
+                env=self._environment(),
                 cwd=self._dir,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=stderr,
@@ -248,14 +247,20 @@ class _ThrowAwayVm:
                 "create", "-f", disk.image_format, str(self._dir / f"image{index}"), str(IMAGE_BYTES)
             )
 
+    def _environment(self) -> dict[str, str]:
+        return {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **self._process.loader_environment()}
+
     async def _qemu_img(self, *arguments: str) -> None:
         """The ``qemu-img`` beside the binary, or else the system's."""
-        beside = self._process.binary.parent / "qemu-img"
-        program = str(beside) if await asyncio.to_thread(Path(beside).exists) else "qemu-img"
+        beside = Path(self._process.binary.parent / "qemu-img")
+        program, environment = "qemu-img", None
+        if await asyncio.to_thread(beside.exists):
+            program, environment = str(beside), self._environment()
         try:
             child = await asyncio.create_subprocess_exec(
                 program,
                 *arguments,
+                env=environment,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
