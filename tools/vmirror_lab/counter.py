@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_LINE = re.compile(r"(ACK|ERR|FULL) (\d+)(?: (\d+))?")
+_LINE = re.compile(r"(ACK|ERR) (\d+)(?: (\d+))?")
 
 
 @dataclass(slots=True)
@@ -18,7 +18,6 @@ class Counted:
     newest: int = -1
     count: int = 0
     errors: list[str] = field(default_factory=list)
-    full: bool = False
 
 
 class Acks:
@@ -50,8 +49,6 @@ class Acks:
         elif found[1] == "ACK":
             self._counted.newest = max(self._counted.newest, int(found[2]))
             self._counted.count += 1
-        elif found[1] == "FULL":
-            self._counted.full = True
         else:
             self._counted.errors.append(f"errno {found[3]} at record {found[2]}")
 

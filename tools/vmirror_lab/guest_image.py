@@ -226,6 +226,7 @@ def _root_tree(root: Path, kernel: Kernel, filler_mib: int) -> None:
         if applet != "busybox":
             (root / "bin" / applet).symlink_to("busybox")
     shutil.copy(writer(), root / "bin/writer")
+    (root / "var/records").touch()
     shutil.copy(HERE / "guest/disk-init", root / "sbin/init")
     (root / "sbin/init").chmod(0o755)
     for module in kernel_tree(kernel).glob("lib/modules/*/kernel/drivers/firmware/qemu_fw_cfg.ko"):

@@ -17,7 +17,7 @@ _RECORDS = re.compile(r"RECORDS first=(-?\d+) last=(-?\d+) count=(\d+) bad=(\d+)
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """``count`` records from 0 without a gap; ``bad``: valid ones behind the first gap."""
+    """``count`` records up to the newest, ``last``; ``bad`` of those that must still be there are not."""
 
     last: int
     count: int
@@ -39,7 +39,7 @@ def parse(text: str) -> Records:
 def scan(*targets: Path) -> Records:
     """The records of raw images or extracted files, in the order of the sequence's round-robin."""
     done = subprocess.run(
-        [str(guest_image.writer()), "scan", "-l", "65536", *map(str, targets)],
+        [str(guest_image.writer()), "scan", *map(str, targets)],
         capture_output=True,
         text=True,
         check=False,
