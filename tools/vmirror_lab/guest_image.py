@@ -27,11 +27,15 @@ from enum import StrEnum
 from pathlib import Path
 
 from mirror.domain.model import DeviceKind
+from vmirror_lab.debian_packages import PrivateApt, codename
 
 HERE = Path(__file__).resolve().parent
 SECTOR_BYTES = 512
 PARTITION_START = 2048
+TOOL_DEADLINE_S = 120.0
 ROOT_LABEL = "vmirror-root"
+BUSYBOX = Path("/bin/busybox")
+GRUB = Path("/usr/lib/grub/i386-pc")
 
 _MODULES = (
     # what the guests may need; what the kernel has built in is not found and left out
@@ -55,6 +59,10 @@ _MODULES = (
 class Kernel(StrEnum):
     CLOUD = "cloud"
     GENERIC = "generic"
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def kernel_for(kind: DeviceKind) -> Kernel:
@@ -84,7 +92,12 @@ def run(*argv: str | Path, cwd: Path | None = None, stdin: bytes | None = None) 
     :raises RuntimeError: it failed.
     """
     done = subprocess.run(
-        [str(word) for word in argv], cwd=cwd, input=stdin, capture_output=True, check=False
+        [str(word) for word in argv],
+        cwd=cwd,
+        input=stdin,
+        capture_output=True,
+        check=False,
+        timeout=TOOL_DEADLINE_S,
     )
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, argv))}: {done.stderr.decode(errors='replace').strip()}")
@@ -108,37 +121,23 @@ def cached(name: str, inputs: str, make: Callable[[Path], None]) -> Path:
     return final
 
 
-def fetch_package(package: str, into: Path, *apt_options: str) -> None:
-    """Download a Debian package with apt and unpack it into a folder; nothing is installed."""
-    with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
-        run(
-            "apt-get",
-            "-q",
-            *apt_options,
-            "-o",
-            "APT::Sandbox::User=root",
-            "download",
-            package,
-            cwd=Path(scratch),
-        )
-        (archive,) = Path(scratch).glob("*.deb")
-        run("dpkg", "-x", archive, into)
+_META_PACKAGES = {Kernel.CLOUD: "linux-image-cloud-amd64", Kernel.GENERIC: "linux-image-amd64"}
 
 
-def _kernel_package(kernel: Kernel) -> str:
-    """The package that today's kernel meta package depends on."""
-    meta = "linux-image-cloud-amd64" if kernel is Kernel.CLOUD else "linux-image-amd64"
-    for line in run("apt-cache", "depends", "--no-recommends", "--no-suggests", meta).decode().splitlines():
-        word = line.strip()
-        if word.startswith("Depends: linux-image-"):
-            return word.removeprefix("Depends: ")
-    raise RuntimeError(f"apt knows no kernel behind {meta}; run 'apt-get update' first")
+def _unpack_kernel(kernel: Kernel, into: Path) -> None:
+    """The newest kernel of the release: what today's meta package depends on."""
+    apt = PrivateApt.create(into / "apt")
+    apt.unpack([apt.dependency(_META_PACKAGES[kernel], "linux-image-")], into)
+    shutil.rmtree(into / "apt")
 
 
 def kernel_tree(kernel: Kernel) -> Path:
-    """The unpacked kernel package."""
-    package = _kernel_package(kernel)
-    return cached(f"kernel-{kernel}", package, lambda into: fetch_package(package, into))
+    """The unpacked kernel package: the newest one when it was fetched, and then always the same."""
+    return cached(
+        f"kernel-{kernel}",
+        f"2 {codename()} {_META_PACKAGES[kernel]}",
+        lambda into: _unpack_kernel(kernel, into),
+    )
 
 
 def writer() -> Path:
@@ -193,7 +192,7 @@ def boot(kernel: Kernel) -> Boot:
         for module in order:
             shutil.copy(module, root / "modules")
         (root / "modules/order").write_text("".join(f"{module.stem}\n" for module in order))
-        shutil.copy("/bin/busybox", root / "bin/busybox")
+        shutil.copy(BUSYBOX, root / "bin/busybox")
         shutil.copy(program, root / "bin/writer")
         shutil.copy(script, root / "init")
         (root / "init").chmod(0o755)
@@ -202,7 +201,8 @@ def boot(kernel: Kernel) -> Boot:
         (into / "initrd.gz").write_bytes(run("gzip", "-n", "-1", stdin=archive))
         shutil.rmtree(root)
 
-    inputs = f"{tree} {program} {script.read_text()} {_MODULES}"
+    (release,) = (path.name for path in tree.glob("boot/vmlinuz-*"))
+    inputs = f"{tree} {release} {program} {script.read_text()} {_MODULES} {_digest(BUSYBOX)}"
     folder = cached(f"boot-{kernel}", inputs, make)
     return Boot(folder / "vmlinuz", folder / "initrd.gz")
 
@@ -221,8 +221,8 @@ def _root_tree(root: Path, kernel: Kernel, filler_mib: int) -> None:
         (root / folder).mkdir(parents=True)
     shutil.copy(started.kernel, root / "boot/vmlinuz")
     shutil.copy(started.initrd, root / "boot/initrd.gz")
-    shutil.copy("/bin/busybox", root / "bin/busybox")
-    for applet in run("/bin/busybox", "--list").decode().split():
+    shutil.copy(BUSYBOX, root / "bin/busybox")
+    for applet in run(BUSYBOX, "--list").decode().split():
         if applet != "busybox":
             (root / "bin" / applet).symlink_to("busybox")
     shutil.copy(writer(), root / "bin/writer")
@@ -239,16 +239,15 @@ def _root_tree(root: Path, kernel: Kernel, filler_mib: int) -> None:
 
 def _install_grub(disk: Path, scratch: Path) -> None:
     """boot.img into the MBR, core.img behind it (recipe: GRUB manual, 'BIOS installation')."""
-    grub = Path("/usr/lib/grub/i386-pc")
     config, core = scratch / "grub.cfg", scratch / "core.img"
     config.write_text(_GRUB_CFG)
     modules = ("biosdisk", "part_msdos", "ext2", "linux", "boot", "search", "search_label")
-    run("grub-mkimage", "-O", "i386-pc", "-d", grub, "-c", config, "-p", "/boot", "-o", core, *modules)
+    run("grub-mkimage", "-O", "i386-pc", "-d", GRUB, "-c", config, "-p", "/boot", "-o", core, *modules)
     image = core.read_bytes()
     if len(image) > (PARTITION_START - 1) * SECTOR_BYTES:
         raise RuntimeError(f"GRUB's core of {len(image)} bytes does not fit before the partition")
     with disk.open("r+b") as file:
-        file.write((grub / "boot.img").read_bytes()[:440])
+        file.write((GRUB / "boot.img").read_bytes()[:440])
         file.seek(SECTOR_BYTES)
         file.write(image)
 
@@ -277,7 +276,8 @@ def disk_image(*, size_mib: int = 256, kernel: Kernel = Kernel.CLOUD, filler_mib
         shutil.rmtree(root)
 
     script = (HERE / "guest/disk-init").read_text()
-    inputs = f"{size_mib} {filler_mib} {boot(kernel)} {_GRUB_CFG} {script} {writer()}"
+    grub = " ".join(_digest(GRUB / name) for name in ("boot.img", "kernel.img"))
+    inputs = f"2 {size_mib} {filler_mib} {boot(kernel)} {_GRUB_CFG} {script} {writer()} {grub}"
     return cached(f"disk-{kernel}", inputs, make) / "disk.raw"
 
 
