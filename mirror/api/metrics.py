@@ -94,11 +94,11 @@ _GAUGES = (
     _Gauge("vmirror_consistent", "1: may be failed over to as it is", lambda s: float(s.overview.consistent)),
     _Gauge("vmirror_lag_seconds", "age of the oldest write missing", lambda s: _of(s, "lag_ms") / 1000),
     _Gauge("vmirror_dirty_bytes", "may differ between source and mirror", lambda s: _of(s, "dirty_bytes")),
-    _Gauge("vmirror_generation", "of the mirror", lambda s: _of(s, "generation")),
+    _Gauge("vmirror_generation", "of the mirror", lambda s: float(s.overview.generation)),
     _Gauge(
         "vmirror_last_sync_timestamp_seconds",
         "when the mirror was last known to be in sync",
-        lambda s: _of(s, "last_sync_unix_ms") / 1000,
+        lambda s: s.overview.last_sync_unix_ms / 1000,
     ),
     _Gauge("vmirror_filter_answers", "1: the filter answers", _answers),
     _Gauge("vmirror_source_running", "1: the source runs", lambda s: float(s.facts.source == "running")),

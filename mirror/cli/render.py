@@ -100,7 +100,7 @@ def status_detail(view: ProtectionView) -> RenderableType:
         ("progress", progress_text(view) or "-"),
         ("source", source_text(view)),
         ("source monitor", view.source.qmp_socket),
-        ("filter", "answers" if view.filter.answers else "does not answer"),
+        ("filter", _filter_word(view)),
         ("mirror VM", {True: "runs", False: "does not run", None: "unknown"}[view.mirror_vm_running]),
         ("mirror", view.mirror_dir),
         ("phase", view.phase),
@@ -117,6 +117,12 @@ def status_detail(view: ProtectionView) -> RenderableType:
         text = f"{human_bytes(disk.size_bytes)}, dirty {dirty}, {connected}: {where}"
         table.add_row(disk.name, text)
     return table
+
+
+def _filter_word(view: ProtectionView) -> str:
+    if view.phase != "active":
+        return "not watched any more" if view.phase == "failed-over" else "not watched now"
+    return "answers" if view.filter.answers else "does not answer"
 
 
 def vm_table(views: list[VmView]) -> RenderableType:

@@ -14,6 +14,7 @@ from enum import StrEnum
 from mirror.domain.lifecycle import Phase, Record
 from mirror.domain.model import FilterStatus, ProtectionState
 from mirror.domain.status_block import StatusBlock
+from mirror.domain.superblock import Superblock
 
 
 class SourceSeen(StrEnum):
@@ -37,12 +38,16 @@ class Facts:
     source_note: str
     mirror_vm_running: bool | None
     sync_error: str
+    superblock: Superblock | None = None
+    """What the mirror says of itself, where no filter says it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Overview:
     state: ProtectionState
     consistent: bool
+    generation: int
+    last_sync_unix_ms: int
     why: str
     what_to_do: str
 
@@ -54,9 +59,16 @@ def utc(unix_ms: int) -> str:
 def overview(facts: Facts) -> Overview:
     """The gravest fact first: what is said is what a person has to know next."""
     state = _state(facts)
-    consistent = bool(facts.filter and facts.filter.consistent)
+    told = facts.filter or facts.superblock
     why, what = _phase_text(facts) or _source_text(facts) or _state_text(facts, state)
-    return Overview(state, consistent, why, what)
+    return Overview(
+        state=state,
+        consistent=bool(told and told.consistent),
+        generation=told.generation if told else 0,
+        last_sync_unix_ms=told.last_sync_unix_ms if told else 0,
+        why=why,
+        what_to_do=what,
+    )
 
 
 def _state(facts: Facts) -> ProtectionState:
@@ -156,14 +168,14 @@ def status_block(facts: Facts, *, sequence: int, now_unix_ms: int) -> StatusBloc
     disks = f"{len(protection.disks)} disk{'s' if len(protection.disks) > 1 else ''}"
     return StatusBlock(
         sequence=sequence,
-        generation=status.generation if status else 0,
+        generation=seen.generation,
         state=seen.state,
         mode=protection.mode,
         consistent=seen.consistent,
         promoted=False,
         lag_ms=status.lag_ms if status else 0,
         dirty_bytes=status.dirty_bytes if status else 0,
-        last_sync_unix_ms=status.last_sync_unix_ms if status else 0,
+        last_sync_unix_ms=seen.last_sync_unix_ms,
         updated_unix_ms=now_unix_ms,
         vm_name=protection.vm.name,
         mirror_text=f"{disks} in {protection.paths.mirror_dir}",

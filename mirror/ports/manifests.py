@@ -26,8 +26,11 @@ class Manifests(Protocol):
         """Make the protection's state and run folders (0700) and write its manifest durably. Idempotent."""
         ...
 
-    async def drop(self, protection: Protection) -> None:
-        """Remove the state and run folders of a protection whose filter is stopped. Idempotent."""
+    async def drop(self, protection: Protection, *, keep_sockets: bool) -> None:
+        """Remove the state and run folders of a protection whose filter is stopped. Idempotent.
+
+        ``keep_sockets``: its mirror VM goes on (failed over): the run folder, with the VM's monitor, stays.
+        """
         ...
 
     async def found(self) -> tuple[Sequence[Protection], Sequence[Unreadable]]:

@@ -100,7 +100,7 @@ class Adoption:
             if seen.vm is None:
                 return Phase.ACTIVE, f"the source does not answer: {seen.note}"
             try:
-                graph = await graph_of(seen.vm, protection)
+                graph = await graph_of(self._context, seen.vm, protection)
             except HostError as err:
                 return Phase.ACTIVE, f"the source does not answer: {err}"
         return Phase.ACTIVE, {

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from uuid import UUID
 
@@ -171,10 +171,14 @@ class Appliance:
     # -- questions
 
     async def vms(self) -> tuple[VmDescription, ...]:
-        """The VMs on the host, without our own mirror VMs."""
+        """The VMs on the host, without idle mirror VMs (one that was failed over is a VM like others)."""
         found = await self._context.hosts.discover()
-        run_dir = self._context.settings.run_dir
-        return tuple(vm for vm in found if not vm.qmp_socket.is_relative_to(run_dir))
+        idle = {
+            record.protection.paths.mirror_qmp_socket
+            for record in self.registry.all()
+            if record.phase is not Phase.FAILED_OVER
+        }
+        return tuple(vm for vm in found if vm.qmp_socket not in idle)
 
     async def snapshots(self) -> tuple[Snapshot, ...]:
         return tuple([await self._snapshot(record) for record in self.registry.all()])
@@ -199,6 +203,10 @@ class Appliance:
             except VmirrorError:
                 mirror_vm = None
             facts = Facts(record, None, 0, SourceSeen.UNKNOWN, 0, "", mirror_vm, "")
+        if facts.filter is None:
+            # Nobody watches the filter, or it has not answered yet: what the mirror says of itself.
+            with suppress(VmirrorError):
+                facts = replace(facts, superblock=await self._context.mirror.read_superblock(protection))
         return Snapshot(facts, overview(facts), self._jobs.busy_with(protection.vm.name))
 
     # -- the jobs' tasks

@@ -145,7 +145,7 @@ class Protect:
         await context.filters.stop(protection, timeout_s=settings.stop_s)
         await context.mirror.stop_mirror_vm(protection, timeout_s=settings.stop_s)
         await context.mirror.remove_images(protection)
-        await context.manifests.drop(protection)
+        await context.manifests.drop(protection, keep_sockets=False)
         await self._registry.drop(protection.uuid)
 
     async def stand(self, job: JobRun, protection: Protection) -> None:

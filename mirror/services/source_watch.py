@@ -15,7 +15,7 @@ from mirror.domain.recovery import Graph, Link
 from mirror.ports.source_vm import SourceVM
 from mirror.services.events import Recurring
 from mirror.services.known import Known
-from mirror.services.sight import graph_of, open_source
+from mirror.services.sight import graph_of, open_source, runs
 
 _LINK = {Link.GONE: SourceSeen.GONE, Link.SILENT: SourceSeen.SILENT}
 
@@ -67,7 +67,7 @@ class SourceWatch:
 
     async def _look(self, vm: SourceVM) -> None:
         known, protection = self._known, self._known.record.protection
-        graph = await graph_of(vm, protection)
+        graph = await graph_of(self._context, vm, protection)
         if graph is Graph.HALF:
             # Paused by us in the middle of a switch. Whether it ran before is no longer known here (the
             # job is lost); a guest that stands still for ever is the greater harm.
@@ -75,16 +75,18 @@ class SourceWatch:
                 known.vm, "source", "the source stands half-way: healing", level="warning"
             )
             await vm.recover(protection.disks, was_running=True, timeout_s=self._context.settings.switch_s)
-            graph = await graph_of(vm, protection)
+            graph = await graph_of(self._context, vm, protection)
         if graph is not Graph.IN:
             known.source = None
-            if await vm.is_running():
+            if await runs(self._context, vm, protection):
                 await self._bypassed()
             else:
                 known.see_source(SourceSeen.PAUSED, "paused, without the filter")
             return
         known.source = vm
-        known.see_source(SourceSeen.RUNNING if await vm.is_running() else SourceSeen.PAUSED)
+        known.see_source(
+            SourceSeen.RUNNING if await runs(self._context, vm, protection) else SourceSeen.PAUSED
+        )
 
     async def _bypassed(self) -> None:
         """It runs without the filter: from now on it has writes that nobody books. Kept durably, since

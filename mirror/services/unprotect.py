@@ -15,7 +15,7 @@ from mirror.domain.recovery import Graph, Link, Promotion
 from mirror.services.context import Context
 from mirror.services.jobs import JobRun
 from mirror.services.registry import Registry
-from mirror.services.sight import graph_of, promotion_of, source_seen
+from mirror.services.sight import graph_of, promotion_of, runs, source_seen
 
 
 class Unprotect:
@@ -68,9 +68,9 @@ class Unprotect:
             was_running = True
             graph = Graph.UNSEEN
             if seen.vm is not None:
-                graph = await graph_of(seen.vm, protection)
+                graph = await graph_of(self._context, seen.vm, protection)
                 # A source that stands half-way was paused by us; what it was is in the job that broke off.
-                was_running = graph is Graph.HALF or await seen.vm.is_running()
+                was_running = graph is Graph.HALF or await runs(self._context, seen.vm, protection)
             if "was_running" in job.job.params:
                 was_running = bool(job.job.params["was_running"])
             await job.begin(Step.REMOVE, was_running=was_running)
@@ -85,7 +85,7 @@ class Unprotect:
                 return
             if graph is Graph.HALF:
                 await seen.vm.recover(protection.disks, was_running=was_running, timeout_s=settings.switch_s)
-                graph = await graph_of(seen.vm, protection)
+                graph = await graph_of(self._context, seen.vm, protection)
             if graph is Graph.IN:
                 stun = await seen.vm.remove(
                     protection.disks, journal=job.substep, timeout_s=settings.switch_s
@@ -108,7 +108,10 @@ class Unprotect:
         await self._context.filters.stop(record.protection, timeout_s=self._context.settings.stop_s)
 
     async def _stop_mirror_vm(self, job: JobRun, record: Record) -> None:
-        if not await self._is_promoted(job, record):
+        if await self._is_promoted(job, record):
+            monitor = record.protection.paths.mirror_qmp_socket
+            await job.note(mirror_vm=f"the mirror VM goes on; its monitor is {monitor}")
+        else:
             await self._context.mirror.stop_mirror_vm(
                 record.protection, timeout_s=self._context.settings.stop_s
             )
@@ -117,8 +120,9 @@ class Unprotect:
         if job.job.params.get("delete_mirror") and not await self._is_promoted(job, record):
             await self._context.mirror.remove_images(record.protection)
 
-    async def _drop(self, _job: JobRun, record: Record) -> None:
-        await self._context.manifests.drop(record.protection)
+    async def _drop(self, job: JobRun, record: Record) -> None:
+        promoted = await self._is_promoted(job, record)
+        await self._context.manifests.drop(record.protection, keep_sockets=promoted)
         await self._registry.drop(record.protection.uuid)
 
     async def _is_promoted(self, job: JobRun, record: Record) -> bool:
@@ -135,7 +139,9 @@ class Unprotect:
         promotion = await promotion_of(self._context, protection)
         async with source_seen(self._context, protection) as seen:
             try:
-                inside = seen.vm is not None and await graph_of(seen.vm, protection) is Graph.IN
+                inside = (
+                    seen.vm is not None and await graph_of(self._context, seen.vm, protection) is Graph.IN
+                )
             except HostError:
                 inside = False
             silent = seen.link is Link.SILENT

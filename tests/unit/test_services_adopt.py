@@ -98,7 +98,7 @@ async def test_manifest_that_names_folders_of_others_is_not_adopted(world: World
         _adopted, skipped = await appliance.adopt([PurePath(elsewhere)])
         assert "not this appliance's" in skipped[0].reason
     with pytest.raises(HostError, match="not touched"):
-        await ManifestFiles(world.state_dir, world.run_dir).drop(evil)
+        await ManifestFiles(world.state_dir, world.run_dir).drop(evil, keep_sockets=False)
 
 
 async def test_moved_mirror_and_garbage_are_skipped_with_a_reason(world: World, tmp_path: Path) -> None:

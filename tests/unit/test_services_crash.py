@@ -34,6 +34,7 @@ async def crashed(world: World, step: str, kind: JobKind) -> None:
     """An appliance that is killed when ``step`` of an operation is journalled."""
     hook = KillBefore(step)
     async with world.appliance(hook) as appliance:
+        await world.clock.until(lambda: not appliance._jobs.busy_with("web"), "what was there is settled")
         if kind is JobKind.PROTECT:
             await appliance.protect("web", DATASTORE, None)
         elif kind is JobKind.UNPROTECT:
@@ -180,8 +181,8 @@ async def test_older_unfinished_job_of_the_same_vm_gives_way(world: World) -> No
         world.filter.copy_gate.clear()
         await world.clock.until(lambda: world.filter.progress is not None, "the copy runs")
     assert (await world.store.job(first.uuid)).state is JobState.RUNNING  # type: ignore[union-attr]
-    world.filter.copy_gate.set()
     await crashed(world, "stop-filter", JobKind.UNPROTECT)
+    world.filter.copy_gate.set()
     async with world.appliance() as appliance:
         newest = (await world.store.jobs(limit=1))[0]
         assert (await world.ended(appliance, newest)).state is JobState.DONE

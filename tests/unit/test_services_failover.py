@@ -235,3 +235,17 @@ async def test_failover_needs_a_protection_that_stands(world: World) -> None:
         await appliance.registry.set_phase(record.protection.uuid, Phase.REMOVING)
         with pytest.raises(Refused, match="removing"):
             await appliance.failover("web", source_is_dead=False, force=False)
+
+
+async def test_monitor_of_a_failed_over_vm_outlives_its_protection(world: World) -> None:
+    """Without its socket the only living copy could never be managed, or protected, again."""
+    async with world.appliance() as appliance:
+        await world.protected(appliance)
+        protection = appliance.registry.find("web").protection
+        await world.ended(appliance, await appliance.failover("web", source_is_dead=False, force=False))
+        snapshot = await appliance.snapshot("web")
+        assert snapshot.overview.generation == 2, "from the superblock, now that nobody asks the filter"
+        job = await world.ended(appliance, await appliance.unprotect("web", delete_mirror=False))
+        assert str(protection.paths.mirror_qmp_socket) in str(job.result["mirror_vm"])
+        assert [each.name for each in world.run_dir.iterdir()] == [protection.paths.run_dir.name]
+        assert not list((world.state_dir / "p").iterdir())

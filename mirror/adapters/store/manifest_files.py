@@ -32,8 +32,8 @@ class ManifestFiles:
     async def put(self, protection: Protection) -> None:
         await asyncio.to_thread(self._put, protection)
 
-    async def drop(self, protection: Protection) -> None:
-        await asyncio.to_thread(self._drop, protection)
+    async def drop(self, protection: Protection, *, keep_sockets: bool) -> None:
+        await asyncio.to_thread(self._drop, protection, keep_sockets)
 
     async def found(self) -> tuple[Sequence[Protection], Sequence[Unreadable]]:
         return await asyncio.to_thread(self._found)
@@ -63,12 +63,12 @@ class ManifestFiles:
         except OSError as err:
             raise HostError(f"{protection.vm.name}: its folders could not be made: {err}") from err
 
-    def _drop(self, protection: Protection) -> None:
+    def _drop(self, protection: Protection, keep_sockets: bool) -> None:
         state, run = self._owned(protection)
         try:
             # The manifest first: what is left of a removal that a crash cuts short is not adopted.
             (state / FILE_NAME).unlink(missing_ok=True)
-            for folder in (state, run):
+            for folder in (state,) if keep_sockets else (state, run):
                 if folder.is_dir():
                     shutil.rmtree(folder)
                     sync_directory(folder.parent)
