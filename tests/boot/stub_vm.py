@@ -127,7 +127,7 @@ class StubVm:
         self._stderr = directory / "stderr"
         self._qmp_path = directory / "qmp"
         self._command = self._command_line(machine, disks, memory_mib, vga=vga, serial=serial)
-        self._command += [*(self._floppy(machine) if floppy else []), *extra]
+        self._command += [*self._floppy(machine, with_stub=floppy), *extra]
         self._environment = dict(os.environ) | (environment or {})
         self._process: subprocess.Popen[bytes] | None = None
         self._qmp: Qmp | None = None
@@ -147,18 +147,20 @@ class StubVm:
             command += ["-device", f"virtio-blk-pci,drive=d{number},bootindex={number + 2}"]
         return command
 
-    def _floppy(self, machine: str) -> list[str]:
-        floppy = {
+    def _floppy(self, machine: str, *, with_stub: bool) -> list[str]:
+        """The floppy controller, which q35 does not have of its own, and the stub in its first drive."""
+        own = machine.startswith("q35")
+        command = ["-device", "isa-fdc,id=fdc,bootindexA=1"] if own else ["-global", "isa-fdc.bootindexA=1"]
+        if not with_stub:
+            return command
+        node = {
             "driver": "raw",
             "node-name": "stub",
             "read-only": True,
             "file": {"driver": "file", "filename": str(self.stub_image), "locking": "off"},
         }
-        command = ["-blockdev", json.dumps(floppy)]
-        if machine.startswith("q35"):  # no floppy controller of its own
-            command += ["-device", "isa-fdc,id=fdc,bootindexA=1"]
-            return [*command, "-device", "floppy,id=fd0,bus=fdc.0,drive=stub"]
-        return [*command, "-global", "isa-fdc.bootindexA=1", "-device", "floppy,id=fd0,drive=stub"]
+        command += ["-blockdev", json.dumps(node)]
+        return [*command, "-device", "floppy,id=fd0,drive=stub" + (",bus=fdc.0" if own else "")]
 
     def start(self) -> None:
         with self._stderr.open("wb") as stderr:

@@ -98,3 +98,25 @@ def test_promoted_must_be_exactly_one(boot: Boot, marker_disk: MarkerDisk) -> No
     vm.wait_screen("Updated      3 s ago")
     assert len(vm.serial_lines()) == 2
     assert " promoted=no " in vm.serial_lines()[0]
+
+
+def test_an_older_promoted_block_starts_nothing_once_a_wrong_one_took_its_place(
+    boot: Boot, marker_disk: MarkerDisk
+) -> None:
+    disk = marker_disk("A")
+    signature = disk.read_bytes()[510:512]
+    with disk.open("r+b") as file:
+        file.seek(510)
+        file.write(bytes(2))
+    vm = boot(encode(PROMOTED), disks=[disk])
+    vm.wait_serial("vmirror-stub: disk 0x80 has no boot signature")
+    vm.write_status(WRONG["checksum"][0])
+    vm.wait_serial("vmirror-stub: no believable status: wrong checksum")
+    with disk.open("r+b") as file:  # now it could be started
+        file.seek(510)
+        file.write(signature)
+    wait_age(vm, 4)
+    assert vm.serial_lines()[-1] == "vmirror-stub: no believable status: wrong checksum"
+    assert "NOT STARTED" not in str(vm.screen())
+    vm.write_status(encode(replace(PROMOTED, sequence=9)))
+    vm.wait_serial("disk A booted: dx=0080 ")

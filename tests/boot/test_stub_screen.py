@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from blocks import MIRRORING, patched
-from stub_vm import StubVm
+from stub_vm import Screen, StubVm
 
 from mirror.domain.layout import STATE_CODES
 from mirror.domain.model import Mode, ProtectionState
@@ -125,6 +125,32 @@ def test_screen_and_serial_text_are_exactly_these(
     assert without_age(vm.screen()) == screen
     assert vm.serial_lines() == [line, APIC_LINE]
     keep_screenshot(vm, f"{name}-{machine}")
+
+
+def colours(screen: Screen, row: int) -> list[tuple[int, str]]:
+    """The words of a row (two blanks or more part them) with the colour of their first cell."""
+    found = re.finditer(r"\S+( \S+)*", screen.rows[row])
+    return [(screen.attributes[row][word.start()], word[0]) for word in found]
+
+
+def test_the_screen_has_these_colours(boot: Boot) -> None:
+    label, value, bar, foot, rule = 0x07, 0x0F, 0x1F, 0x17, 0x08
+    vm = boot(encode(replace(MIRRORING, text="All is well.", consistent=False)))
+    vm.wait_serial(APIC_LINE)
+    screen = vm.screen()
+    assert set(screen.attributes[0]) == {bar}
+    assert set(screen.attributes[24]) == {foot}
+    for row in range(2, 6):
+        assert {colour for colour, _word in colours(screen, row)} == {value}
+    assert colours(screen, 7) == [(GREEN, "MIRRORING"), (value, "The mirror follows every write.")]
+    for row in (8, 14):
+        assert colours(screen, row) == [(rule, "─" * 74)]
+    assert colours(screen, 9) == [(label, "Mode"), (value, "sync"), (label, "Generation"), (value, "3")]
+    assert colours(screen, 10)[2:] == [(label, "Consistent"), (YELLOW_TEXT, "no")]
+    assert colours(screen, 12)[2][0] == label
+    assert colours(screen, 12)[3][0] == value
+    assert colours(screen, 15) == [(value, "All is well.")]
+    assert {colour for colour, _word in colours(screen, 21)} == {label}
 
 
 def test_each_state_is_a_word_on_its_colour(boot: Boot) -> None:
