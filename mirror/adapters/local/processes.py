@@ -15,6 +15,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from mirror.domain.errors import TimedOut
@@ -93,10 +94,15 @@ def command_line_of(pid: int) -> list[str]:
     return [os.fsdecode(argument) for argument in raw.split(b"\0")[:-1]]
 
 
-def processes_with_argument(argument: str) -> list[int]:
-    """All living processes that have exactly this argument."""
-    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-    return [pid for pid in pids if argument in command_line_of(pid)]
+def processes_with_argument(argument: str, *, after: str | None = None) -> list[int]:
+    """All living processes that have exactly this argument (right after the option ``after``)."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            words = command_line_of(int(entry.name))
+            if argument in words and (after is None or (after, argument) in pairwise(words)):
+                found.append(int(entry.name))
+    return found
 
 
 async def end_process(pid: int, identity: str, *, signal_number: int, timeout_s: float) -> None:

@@ -36,6 +36,7 @@ from mirror.adapters.local.processes import (
     end_process,
     log_tail,
     process_of,
+    processes_with_argument,
     start_detached,
     wait_ended,
 )
@@ -87,7 +88,13 @@ class MirrorVm:
         return await self._pid() is not None
 
     async def _pid(self) -> int | None:
-        return await asyncio.to_thread(process_of, self._pid_file)
+        """By its pid file; else by its command line, for a run folder that was swept while it ran."""
+
+        def find() -> int | None:
+            by_argument = iter(processes_with_argument(str(self._pid_file), after="-pidfile"))
+            return process_of(self._pid_file) or next(by_argument, None)
+
+        return await asyncio.to_thread(find)
 
     # Start
 
@@ -98,9 +105,8 @@ class MirrorVm:
         """
         deadline = Deadline(timeout_s, what=f"start the {self._who}")
         process = None
-        if await self.running():
-            link = await self._connect(None, deadline)
-        else:
+        link = await self._connect_to_running(deadline)
+        if link is None:
             process = await asyncio.to_thread(self._launch, launch, hardware.idle)
             link = await self._connect(process, deadline)
         async with link:
@@ -114,6 +120,19 @@ class MirrorVm:
                         process.pid, str(self._pid_file), signal_number=signal.SIGKILL, timeout_s=5.0
                     )
                 raise
+
+    async def _connect_to_running(self, deadline: Deadline) -> QmpLink | None:
+        """A VM without its monitor socket can never be spoken to again: it is ended. None: none runs."""
+        pid = await self._pid()
+        if pid is None:
+            return None
+        if await asyncio.to_thread(os.path.exists, self._paths.mirror_qmp_socket):
+            return await self._connect(None, deadline)
+        _LOG.warning(
+            "vm=%s mirror VM pid=%s has lost its monitor and is ended", self._protection.vm.name, pid
+        )
+        await end_process(pid, str(self._pid_file), signal_number=signal.SIGKILL, timeout_s=deadline.left_s())
+        return None
 
     async def _make_ready(self, link: QmpLink, hardware: MirrorHardware, deadline: Deadline) -> None:
         """Links go down before the first instruction runs: QEMU was started with -S."""
@@ -148,11 +167,11 @@ class MirrorVm:
                 return await QmpLink.connect(
                     self._paths.mirror_qmp_socket, who=self._who, timeout_s=deadline.left_s()
                 )
-            except (TimedOut, LinkLost):
+            except TimedOut:
                 raise
-            except HostError:
-                # No socket yet; left_s() ends this.
-                if process is None and not await self.running():
+            except HostError as err:
+                # No socket yet, or a QEMU that ends while it starts: its exit status or left_s() ends this.
+                if process is None and (isinstance(err, LinkLost) or not await self.running()):
                     raise
                 await asyncio.sleep(min(CONNECT_PAUSE_S, deadline.left_s()))
 
@@ -298,15 +317,15 @@ class MirrorVm:
                     _LOG.info("vm=%s mirror VM is started anew: %s", vm, hardware.restart_reason)
                     await self._close_exports_and_server(link, deadline)
                     return False
-                if idle:
+                if idle and not (guest_may_run and await self._has_disks(link, deadline)):
                     await self._close_exports_and_server(link, deadline)
                     await self._give_disks(link, hardware, deadline)
+                    await self._connect_network(link, hardware, deadline)
+                    # Last: from here on the guest runs, and nothing may fail any more.
                     guest_may_run = True
                     await mark_promoted()
-                await self._connect_network(link, hardware, deadline)
-                status = await link.execute("query-status", timeout_s=deadline.left_s())
-                if idle and status["status"] in ("prelaunch", "paused"):
-                    await link.execute("cont", timeout_s=deadline.left_s())
+                else:
+                    await self._connect_network(link, hardware, deadline)
                 return True
         except (CommandFailed, LinkLost, TimedOut) as err:
             if guest_may_run and await self.running():
@@ -315,6 +334,8 @@ class MirrorVm:
             return False
 
     async def _give_disks(self, link: QmpLink, hardware: MirrorHardware, deadline: Deadline) -> None:
+        """Stopped first: a running iothread would keep its device's node (``Different aio context``)."""
+        await link.execute("stop", timeout_s=deadline.left_s())
         for disk in hardware.disks:
             where = {"path": disk.qom_path, "property": "drive"}
             if await link.execute("qom-get", where, timeout_s=deadline.left_s()) == disk.image_node:
@@ -325,6 +346,7 @@ class MirrorVm:
                 move = {"node-name": disk.image_node, "iothread": disk.iothread}
                 await link.execute("x-blockdev-set-iothread", move, timeout_s=deadline.left_s())
             await link.execute("qom-set", {**where, "value": disk.image_node}, timeout_s=deadline.left_s())
+        await link.execute("cont", timeout_s=deadline.left_s())
 
     async def _connect_network(self, link: QmpLink, hardware: MirrorHardware, deadline: Deadline) -> None:
         """A NIC or forwarding that fails is a warning: the guest comes up without it."""
