@@ -142,15 +142,15 @@ class Bench:
             finally:
                 qmp.close()
 
-    def export(self, qmp: QEMUMonitorProtocol, node: str, name: str) -> Path:
+    def export(self, qmp: QEMUMonitorProtocol, node: str, name: str, *, writable: bool = True) -> Path:
         path = self.socket("nbd")
         qmp.cmd("nbd-server-start", addr={"type": "unix", "data": {"path": str(path)}})
-        self.add_export(qmp, node, name)
+        self.add_export(qmp, node, name, writable=writable)
         return path
 
     @staticmethod
-    def add_export(qmp: QEMUMonitorProtocol, node: str, name: str) -> None:
-        arguments = {"type": "nbd", "id": f"e-{name}", "node-name": node, "name": name, "writable": True}
+    def add_export(qmp: QEMUMonitorProtocol, node: str, name: str, *, writable: bool = True) -> None:
+        arguments = {"type": "nbd", "id": f"e-{name}", "node-name": node, "name": name, "writable": writable}
         qmp.cmd("block-export-add", **arguments)
 
     @contextmanager
@@ -263,7 +263,7 @@ class Bench:
 
     def sync(self, qmp: QEMUMonitorProtocol, state: Path) -> None:
         """Bring the filter to MIRRORING by its own protocol, with the source as it is."""
-        export = self.export(qmp, "source", "resync")
+        export = self.export(qmp, "source", "resync", writable=False)
         with Control(state / "control.sock") as control:
             begun = control.call("resync-begin")
             connection = control.call("status")["disks"][0]["client_connection"]
