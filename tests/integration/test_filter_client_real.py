@@ -297,6 +297,16 @@ class TestRunner:
         await subject.runner.start(subject._protection, timeout_s=WAIT_S)
         assert len(subject._filter_pids()) == 1
 
+    async def test_pair_whose_pid_file_was_swept_is_ended_before_a_new_pair(
+        self, subject: RealSubject
+    ) -> None:
+        before = set(processes_with_argument(subject._identity))
+        (Path(subject._protection.paths.run_dir) / "supervise.pid").unlink()
+        await subject.runner.start(subject._protection, timeout_s=WAIT_S)
+        after = set(processes_with_argument(subject._identity))
+        assert len(after) == 2
+        assert not before & after
+
     async def test_stop_of_a_stopped_filter_is_bounded(self, subject: RealSubject) -> None:
         (pid,) = subject._filter_pids()
         os.kill(pid, signal.SIGSTOP)

@@ -147,9 +147,22 @@ class LocalFilterRunner:
         ) from last
 
     async def _end_orphans(self, protection: Protection, *, timeout_s: float) -> None:
+        """End every process that was started with this config, until none is left.
+
+        Looked for anew each time: a supervisor whose pid file is gone starts its filter again as
+        long as it lives itself.
+        """
         identity = _config_argument(protection)
-        for pid in await asyncio.to_thread(processes_with_argument, identity):
-            await end_process(pid, identity, signal_number=signal.SIGKILL, timeout_s=timeout_s)
+        deadline = time.monotonic() + timeout_s
+        while orphans := await asyncio.to_thread(processes_with_argument, identity):
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise TimedOut(
+                    f"VM {protection.vm.name}: filter processes {orphans} did not end within {timeout_s:g} s"
+                )
+            # The supervisor is older than its filter, so it goes first.
+            for pid in sorted(orphans):
+                await end_process(pid, identity, signal_number=signal.SIGKILL, timeout_s=left_s)
 
     def _launch(self, protection: Protection) -> DetachedProcess:
         paths = protection.paths

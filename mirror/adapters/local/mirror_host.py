@@ -92,6 +92,8 @@ class LocalMirrorHost:
                 protection, "remove the images", lambda store: store.remove(), timeout_s=CREATE_TIMEOUT_S
             )
             await asyncio.to_thread(self._launch_path(protection).unlink, missing_ok=True)
+            if thread := self._threads.pop(protection.uuid, None):
+                thread.close()
 
     async def read_superblock(self, protection: Protection) -> Superblock:
         """As it is, whoever wrote it: the caller looks at its UUID."""
