@@ -7,6 +7,7 @@ Blocking, one connection, every call with a deadline. Errors come back as the cl
 from __future__ import annotations
 
 import os
+import socket as socket_module
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,6 +61,7 @@ class Client:
     def __init__(self, socket: Path | None = None, *, transport: httpx.BaseTransport | None = None) -> None:
         """``transport``: another way to the same socket (the GUI's SSH channel)."""
         self._socket = socket or default_socket()
+        self._reached = transport is not None
         self._http = httpx.Client(
             transport=transport or httpx.HTTPTransport(uds=str(self._socket)),
             base_url="http://vmirror",
@@ -85,6 +87,10 @@ class Client:
 
     def protection(self, vm: str) -> ProtectionView:
         return self._one(ProtectionView, self._call("GET", _of(vm)))
+
+    def screen(self, vm: str) -> bytes:
+        """PNG of the mirror VM's screen."""
+        return self._call("GET", f"{_of(vm)}/screen").content
 
     def protect(self, vm: str, to_dir: str, disks: list[str] | None) -> JobView:
         request = ProtectRequest(vm=vm, to_dir=to_dir, disks=disks)
@@ -123,6 +129,7 @@ class Client:
 
     def events(self, *, after: int = 0, follow: bool = True) -> Iterator[EventView]:
         params = {"after": str(after), "follow": str(follow).lower()}
+        self._reach()
         try:
             timeout = httpx.Timeout(CALL_S, read=None)
             with self._http.stream("GET", "/v1/events", params=params, timeout=timeout) as answer:
@@ -138,6 +145,7 @@ class Client:
         self, method: str, path: str, body: BaseModel | None = None, params: dict[str, str] | None = None
     ) -> httpx.Response:
         json = body.model_dump(mode="json") if body is not None else None
+        self._reach()
         try:
             answer = self._http.request(method, path, json=json, params=params)
         except httpx.TimeoutException as err:
@@ -148,6 +156,22 @@ class Client:
         if answer.status_code >= 400:
             self._raise(answer)
         return answer
+
+    def _reach(self) -> None:
+        """Once: does anybody listen?
+
+        WORKAROUND(httpcore 1.0): it leaves a socket open whose connect failed; asked here first, the usual
+        failure (no daemon) leaves nothing behind.
+        """
+        if self._reached:
+            return
+        with socket_module.socket(socket_module.AF_UNIX, socket_module.SOCK_STREAM) as probe:
+            probe.settimeout(CALL_S)
+            try:
+                probe.connect(str(self._socket))
+            except OSError as err:
+                raise self._unreachable(err) from err
+        self._reached = True
 
     def _unreachable(self, err: Exception) -> errors.DaemonUnreachable:
         return errors.DaemonUnreachable(

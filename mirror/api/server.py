@@ -137,6 +137,11 @@ def _questions(app: FastAPI, appliance: Appliance) -> None:
     async def protections() -> list[ProtectionView]:
         return [views.protection_view(each) for each in await appliance.snapshots()]
 
+    # before the next one, whose {vm} may be a path
+    @app.get("/v1/protections/{vm:path}/screen", response_class=Response)
+    async def screen(vm: str) -> Response:
+        return Response(await appliance.screen(vm), media_type="image/png")
+
     @app.get("/v1/protections/{vm:path}")
     async def protection(vm: str) -> ProtectionView:
         return views.protection_view(await appliance.snapshot(vm))

@@ -123,7 +123,7 @@ def failover(
 
 def _ask(view: ProtectionView, *, as_json: bool) -> None:
     """The VM's name has to be typed; without a terminal nobody can be asked."""
-    if not sys.stdin.isatty():
+    if not _on_a_terminal():
         fail(UsageError("failover asks before it stops a VM; without a terminal, say --yes"), as_json=as_json)
     say(
         f"{view.vm}: {view.state}, source {view.source.state}, "
@@ -158,6 +158,25 @@ def status(
         else:
             view = client.protection(_vm(vm))
             show(view, lambda: render.status_detail(view), as_json=as_json)
+
+
+@app.command(epilog="Example: vmirror screen web --output web.png")
+def screen(
+    vm: _Vm,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The picture (PNG).")],
+    as_json: _Json = False,
+) -> None:
+    """Keep a picture of the mirror VM's screen: the status screen, or the guest after a failover."""
+    with told(as_json=as_json) as client:
+        picture = client.screen(_vm(vm))
+        try:
+            output.write_bytes(picture)
+        except OSError as err:
+            fail(UsageError(f"{output} cannot be written: {err.strerror}"), as_json=as_json)
+        if as_json:
+            print(json.dumps({"file": str(output.absolute()), "size_bytes": len(picture)}))
+        else:
+            say(f"{output}: {len(picture)} bytes")
 
 
 @app.command(epilog="Example: vmirror adopt --mirror /mnt/mirror/web")
@@ -225,6 +244,10 @@ def daemon_status(as_json: _Json = False) -> None:
         say(f"state in {health.state_dir}, sockets in {health.run_dir}, {health.protections} protections")
         if health.troubled:
             say(f"not in sync: {', '.join(health.troubled)}. See: vmirror status")
+
+
+def _on_a_terminal() -> bool:
+    return sys.stdin.isatty()
 
 
 def _vm(vm: str) -> str:

@@ -16,7 +16,7 @@ class MirrorHost(Protocol):
         ...
 
     async def create_images(self, protection: Protection) -> None:
-        """Sparse raw images of the disks' sizes, superblock (generation 0), stub image, manifest. Idempotent."""
+        """Sparse raw images of the disks' sizes, superblock, stub image, manifest. Idempotent."""
         ...
 
     async def remove_images(self, protection: Protection) -> None:

@@ -186,6 +186,11 @@ class Appliance:
     async def snapshot(self, vm: str) -> Snapshot:
         return await self._snapshot(self.registry.find(vm))
 
+    async def screen(self, vm: str) -> bytes:
+        """The mirror VM's screen as PNG: the boot stub's, or the promoted guest's."""
+        protection = self.registry.find(vm).protection
+        return await self._context.mirror.screenshot(protection, timeout_s=self._context.settings.look_s)
+
     async def jobs(self, *, limit: int) -> Sequence[Job]:
         return await self._context.store.jobs(limit=limit)
 
