@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path, PurePath
 from uuid import UUID, uuid4
 
+import structlog
+
 from mirror.adapters.store.manifest_files import ManifestFiles
 from mirror.domain.model import FilterStatus
 from mirror.domain.plans import JobState
@@ -25,6 +27,16 @@ from tests.fakes.fake_filter import FakeFilter, FakeFilterRunner
 from tests.fakes.fake_mirror_host import FakeMirrorHost, MirrorState
 from tests.fakes.fake_source import FakeHost, VmState
 from tests.fakes.memory_store import MemoryStore
+
+# Into the standard library's logging, which pytest shows with a test that fails: not on our stdout.
+structlog.configure(
+    processors=[
+        structlog.stdlib.add_log_level,
+        structlog.processors.KeyValueRenderer(key_order=["vm", "event"]),
+    ],
+    logger_factory=structlog.stdlib.LoggerFactory(),
+    wrapper_class=structlog.stdlib.BoundLogger,
+)
 
 DATASTORE = PurePath("/mnt/mirror")
 
