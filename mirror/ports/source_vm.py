@@ -126,7 +126,13 @@ class SourceVM(Protocol):
 class HostOfVMs(Protocol):
     """Finds VMs on one host and opens them."""
 
-    async def discover(self) -> tuple[VmDescription, ...]: ...
+    async def discover(self) -> tuple[VmDescription, ...]:
+        """The running VMs, each asked over its monitor; a monitor that is held by others costs seconds."""
+        ...
+
+    async def glance(self) -> tuple[VmDescription, ...]:
+        """The running VMs by name, UUID and process only, without asking anybody: milliseconds."""
+        ...
 
     async def open(self, name_or_socket: str, *, timeout_s: float) -> SourceVM:
         """:raises UnknownVm: the message lists what there is."""

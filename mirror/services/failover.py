@@ -103,7 +103,7 @@ class Failover:
     async def _check_no_other_instance(self, record: Record) -> None:
         """The recorded process is gone; was the VM started again elsewhere on its host?"""
         protection = record.protection
-        for found in await self._context.hosts.discover():
+        for found in await self._context.hosts.glance():
             ours = found.qmp_socket.is_relative_to(self._context.settings.run_dir)
             if not ours and same_vm(protection, found):
                 raise SourceMayBeAlive(

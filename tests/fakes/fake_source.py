@@ -119,6 +119,9 @@ class FakeHost:
         vm.started += 100
         vm.alive = vm.answers = vm.running = True
 
+    async def glance(self) -> tuple[VmDescription, ...]:
+        return await self.discover()
+
     async def discover(self) -> tuple[VmDescription, ...]:
         return tuple(vm.description() for vm in self.vms if vm.alive)
 

@@ -56,6 +56,9 @@ class QemuHost:
             tasks = [group.create_task(ask(process)) for process in processes]
         return tuple(found for task in tasks if (found := task.result()) is not None)
 
+    async def glance(self) -> tuple[VmDescription, ...]:
+        return tuple(_without_monitor(process, "not asked") for process in await self._processes())
+
     async def open(self, name_or_socket: str, *, timeout_s: float) -> SourceVM:
         """By name, UUID, or the path of the QMP socket.
 
