@@ -20,7 +20,7 @@ from mirror.domain.status_block import encode
 pytestmark = pytest.mark.real_qemu
 Boot = Callable[..., StubVm]
 
-IDLE_WINDOW_S = 30.0
+IDLE_WINDOW_S = 25.0
 IDLE_CPU_PERCENT_MAX = 0.5
 RSS_BYTES_MAX = 60_000_000
 

@@ -48,12 +48,12 @@ def test_a_promoted_block_starts_the_first_disk_as_the_bios_would(
     expected, _ticks = booted(bios, "A", 0x80)
     bios.close()
     vm = boot(encode(MIRRORING), extra=extra, **options)
-    vm.wait_screen("Updated      5 s ago")  # the clock was stopped for some seconds and must be right again
+    vm.wait_screen("Updated      3 s ago")  # the clock was stopped for some seconds and must be right again
     vm.write_status(encode(PROMOTED))
     handed_over, ticks = booted(vm, "A", 0x80)
     assert handed_over == expected
     assert "vmirror-stub: starting disk 0x80" in vm.serial_lines()
-    assert 5 * TICKS_PER_S <= ticks - TEN_O_CLOCK_TICKS <= 12 * TICKS_PER_S
+    assert 3 * TICKS_PER_S <= ticks - TEN_O_CLOCK_TICKS <= 8 * TICKS_PER_S
     assert str(vm.screen()).strip() == ""  # the screen is handed over clear
 
 

@@ -6,7 +6,7 @@ import zlib
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mirror.domain.errors import Corrupt
@@ -23,6 +23,7 @@ from mirror.domain.status_block import (
     printable,
 )
 
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # busy machines
 U64 = st.integers(0, (1 << 64) - 1)
 ASCII = st.characters(min_codepoint=0x20, max_codepoint=0x7E)
 BLOCKS = st.builds(
@@ -57,6 +58,7 @@ BLOCK = StatusBlock(
 )
 
 
+@UNHURRIED
 @given(block=BLOCKS)
 def test_a_block_survives_the_sector(block: StatusBlock) -> None:
     sector = encode(block)
@@ -68,6 +70,7 @@ def test_the_sector_is_the_second_of_the_image() -> None:
     assert STATUS_OFFSET_BYTES == 512
 
 
+@UNHURRIED
 @given(name=st.text(), mirror=st.text(), text=st.text())
 def test_any_text_becomes_printable_ascii_of_the_same_length_or_cut(
     name: str, mirror: str, text: str
@@ -78,6 +81,7 @@ def test_any_text_becomes_printable_ascii_of_the_same_length_or_cut(
     assert read.text == printable(text)[:159]
 
 
+@UNHURRIED
 @given(
     lag_ms=st.integers(),
     dirty_bytes=st.integers(),
@@ -147,11 +151,13 @@ def test_bytes_are_shown_with_a_unit(count: int, text: str) -> None:
     assert human_bytes(count) == text
 
 
+@UNHURRIED
 @given(count=st.integers(0, 999 << 40))
 def test_byte_counts_are_short(count: int) -> None:
     assert len(human_bytes(count)) <= 9
 
 
+@UNHURRIED
 @given(count=U64, lag_ms=st.integers(0, (1 << 32) - 1), unix_ms=U64)
 def test_words_fit_their_fields(count: int, lag_ms: int, unix_ms: int) -> None:
     assert len(human_bytes(count)) < 16

@@ -7,7 +7,7 @@ from dataclasses import replace
 from uuid import UUID
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mirror.domain.errors import Corrupt
@@ -15,6 +15,7 @@ from mirror.domain.layout import SUPERBLOCK
 from mirror.domain.model import DISKS_MAX
 from mirror.domain.superblock import FILE_SIZE_BYTES, Superblock, decode, encode_slot, new_file
 
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # busy machines
 U64 = st.integers(0, (1 << 64) - 1)
 SUPERBLOCKS = st.builds(
     Superblock,
@@ -53,6 +54,7 @@ def rewritten(image: bytes, block: Superblock) -> bytes:
     return bytes(changed)
 
 
+@UNHURRIED
 @given(block=SUPERBLOCKS)
 def test_a_new_file_holds_the_block(block: Superblock) -> None:
     image = new_file(block)
@@ -60,6 +62,7 @@ def test_a_new_file_holds_the_block(block: Superblock) -> None:
     assert decode(image) == block
 
 
+@UNHURRIED
 @given(first=SUPERBLOCKS, count=st.integers(1, 6))
 def test_the_newest_rewrite_counts_and_the_one_before_is_left_beside_it(
     first: Superblock, count: int
@@ -77,6 +80,7 @@ def test_the_newest_rewrite_counts_and_the_one_before_is_left_beside_it(
         assert decode(bytes(damaged)) == before
 
 
+@UNHURRIED
 @given(cut=st.integers(0, SUPERBLOCK.size_bytes))
 def test_a_torn_rewrite_leaves_the_old_or_the_new_block(cut: int) -> None:
     image = new_file(BLOCK)
@@ -102,6 +106,7 @@ def test_every_single_flipped_bit_of_the_only_slot_is_refused() -> None:
     assert believed == []
 
 
+@UNHURRIED
 @given(raw=st.binary(max_size=FILE_SIZE_BYTES))
 def test_hostile_bytes_are_refused_with_both_slots_named(raw: bytes) -> None:
     with pytest.raises(Corrupt, match=r"slot at 0: .*slot at 2048: "):
