@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mirror.adapters.qemu.command_line import Option, Properties, parse, parse_config_file
-from mirror.adapters.qemu.mirror_hardware import MirrorHardware, Surroundings, derive
+from mirror.adapters.qemu.mirror_hardware import MirrorHardware, derive
+from mirror.adapters.qemu.source_hardware import Surroundings
 from mirror.domain.errors import Refused
 from mirror.domain.model import (
     DeviceKind,

@@ -42,8 +42,9 @@ from mirror.adapters.local.processes import (
 )
 from mirror.adapters.qemu.deadline import Deadline
 from mirror.adapters.qemu.launch import Launch, environment_of
-from mirror.adapters.qemu.mirror_hardware import FLOPPY_NODE, SUPERBLOCK_NODE, MirrorHardware, Surroundings
+from mirror.adapters.qemu.mirror_hardware import FLOPPY_NODE, SUPERBLOCK_NODE, MirrorHardware
 from mirror.adapters.qemu.qmp import QmpLink, Watch
+from mirror.adapters.qemu.source_hardware import Surroundings
 from mirror.domain.errors import CommandFailed, HostError, LinkLost, Refused, TimedOut
 from mirror.domain.model import Protection
 
