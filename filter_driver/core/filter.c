@@ -197,6 +197,7 @@ filter_new (const struct config *config, struct mirror_dev *mirror, struct sourc
   f->source = source;
   f->started_us = now_us ();
   f->disk_count = config->disk_count;
+  f->copiers = COPIERS;
   pthread_mutex_init (&f->operation, NULL);
   pthread_mutex_init (&f->state_io, NULL);
   pthread_mutex_init (&f->mu, NULL);

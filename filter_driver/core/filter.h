@@ -119,6 +119,7 @@ struct filter {
 
   pthread_t probe_thread, heartbeat_thread;
   bool threads_started;
+  unsigned copiers; /* threads of a copy; COPIERS, or fewer for a test that must be the same each time */
 };
 
 /* Opens dirty maps and state file.  Never fails for what they hold: then the state is FAILED, with the

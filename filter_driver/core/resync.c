@@ -142,7 +142,8 @@ copy_is_allowed (struct filter *f, uint64_t connection, const struct copy_source
     if (sources[i].covers > d->client_connection)
       return refuse (refusal, REFUSED_BAD_REQUEST, "%s has had %" PRIu64 " client connections, not %" PRIu64,
                      d->config->name, d->client_connection, sources[i].covers);
-    needed[i] = disk_needs_book_locked (d);
+    /* A hypervisor that is away may be writing without us at this moment. */
+    needed[i] = disk_needs_book_locked (d) || !d->client_connected;
   }
   return 0;
 }
@@ -245,7 +246,7 @@ run_copiers (struct copy_job *job)
     job->cursor_disk = 0;
     job->cursor_granule = 0;
   }
-  for (; started < COPIERS - 1; started++) {
+  for (; started < job->f->copiers - 1; started++) {
     threads[started] = (struct copier_thread) { job, started };
     if (pthread_create (&ids[started], NULL, copier_main, &threads[started]) != 0)
       break;

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from mirror.adapters.qemu.discovery import QemuHost
-from mirror.domain.model import DeviceKind
-from mirror.ports.source_vm import FilterPlacement
+from mirror.domain.errors import RehearsalFailed
+from mirror.domain.model import DeviceKind, ProtectedDisk
+from mirror.ports.source_vm import FilterPlacement, SourceVM
 from tests.fakes.bare_vm import BareDisk, BareVm
 from tests.fakes.standin_filter import StandinFilter
 from vmirror_lab.qemu_builds import QemuBuild
@@ -18,19 +19,15 @@ pytestmark = pytest.mark.real_qemu
 WAIT_S = 30.0
 PATTERN_BYTES = 4096
 
-_KINDS = [(kind, False) for kind in DeviceKind] + [
-    (DeviceKind.VIRTIO_BLK, True),
-    (DeviceKind.VIRTIO_SCSI, True),
-]
+# Real guests on every other kind of disk are in test_insertion_guests.py.
 MATRIX = [
-    BareDisk(kind=kind, iothread=iothread, by_drive=by_drive)
-    for kind, iothread in _KINDS
-    for by_drive in (False, True)
-]
-MATRIX += [
+    BareDisk(kind=DeviceKind.VIRTIO_BLK, iothread=True),
+    BareDisk(kind=DeviceKind.VIRTIO_SCSI, iothread=True, by_drive=True),
+    BareDisk(kind=DeviceKind.VIRTIO_SCSI, iothread=True, image_format="qcow2"),
+    BareDisk(kind=DeviceKind.NVME, image_format="qcow2", by_drive=True),
     BareDisk(image_format="qcow2"),
-    BareDisk(image_format="qcow2", by_drive=True),
     BareDisk(with_id=False),
+    BareDisk(kind=DeviceKind.IDE, by_drive=True, with_id=False),
 ]
 
 
@@ -40,6 +37,15 @@ def host(tmp_path: Path) -> QemuHost:
 
 
 async def no_journal(_step: str) -> None: ...
+
+
+async def rehearse(source: SourceVM, disk: ProtectedDisk, build: QemuBuild) -> None:
+    """Debian's 7.2 dies when a client leaves an export of a disk in an iothread: it has to be found out."""
+    if build.version.startswith("7.2") and disk.iothread:
+        with pytest.raises(RehearsalFailed, match="dies when a client leaves an NBD export"):
+            await source.rehearse([disk], timeout_s=WAIT_S)
+    else:
+        await source.rehearse([disk], timeout_s=WAIT_S)
 
 
 @pytest.mark.parametrize("disk", MATRIX, ids=str)
@@ -55,7 +61,7 @@ async def test_every_kind_of_disk_takes_the_filter_and_gives_it_back(
         assert planned.iothread == ("io0" if disk.iothread else None)
         assert planned.image_format == disk.image_format
         assert planned.image_path == vm.image()
-        await source.rehearse([planned], timeout_s=WAIT_S)
+        await rehearse(source, planned, qemu_build)
         with StandinFilter(
             tmp_path / "filter.sock", tmp_path / "mirror", {"disk0": disk.size_bytes}
         ) as standin:
