@@ -229,7 +229,11 @@ class Appliance:
         try:
             await work
         except Exception as err:
-            await run.finish(JobState.FAILED, error=err)
+            try:
+                await run.finish(JobState.FAILED, error=err)
+            except VmirrorError as unkept:
+                # The store itself fails. The job stays unfinished there and is taken up by the next start.
+                self.events.add(run.job.vm, "job", f"{run.job.kind}: {err}; {unkept}", level="error")
         finally:
             self._running.pop(run.job.uuid, None)
 

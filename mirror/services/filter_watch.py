@@ -102,6 +102,10 @@ class FilterWatch:
         self._known.see_filter(status)
 
 
+GAP_MAX_S = 120.0
+"""At most so long between two tries to free a guest from a filter that stays silent."""
+
+
 class StallWatch:
     """Do no harm (I-7): a filter that is silent for the stall time loses its grip on the guest.
 
@@ -114,6 +118,7 @@ class StallWatch:
         self._known = known
         self._context = known.context
         self._freed_at_s = 0.0
+        self._gap_s = 0.0
         self._absent_since_s = 0.0
         self._trouble = Recurring(
             self._context.clock,
@@ -138,9 +143,13 @@ class StallWatch:
         silent_s = now_s - known.filter_answered_s
         if silent_s >= stall_s:
             self._absent_since_s = 0.0
-            if now_s - self._freed_at_s >= stall_s:
+            if now_s - self._freed_at_s >= self._gap_s:
+                # A filter whose data path is well and only its control hangs must not lose its tee every
+                # few seconds: each further try waits twice as long.
+                self._gap_s = min(max(self._gap_s, stall_s) * 2, GAP_MAX_S)
                 return f"the filter has been silent for {silent_s:.0f} s"
             return ""
+        self._gap_s = 0.0
         status = known.filter
         absent = (
             status is not None

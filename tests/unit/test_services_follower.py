@@ -13,6 +13,7 @@ from mirror.domain.errors import CommandFailed, HostError, LinkLost
 from mirror.domain.model import ProtectionState
 from mirror.ports.source_vm import FilterPlacement
 from mirror.services.appliance import Appliance
+from mirror.services.filter_watch import StallWatch
 from mirror.services.known import Known
 from tests.fakes.world import World
 
@@ -87,6 +88,19 @@ async def test_filter_that_hangs_loses_its_grip_on_the_guest_within_the_stall_ti
         assert any("freeing the guest" in text for text in texts(appliance, "filter"))
         world.filter.unhang()
         await world.clock.until(lambda: in_sync(appliance), "in sync again")
+
+
+async def test_filter_that_stays_silent_is_not_torn_from_the_guest_every_few_seconds(world: World) -> None:
+    async with world.appliance() as appliance:
+        await world.protected(appliance)
+        watch = StallWatch(known(appliance))
+        answered_s = known(appliance).filter_answered_s
+        tries = []
+        for second in range(1, 121):
+            if watch._reason(answered_s + second):
+                tries.append(second)
+                watch._freed_at_s = answered_s + second
+        assert tries == [8, 24, 56, 120]
 
 
 async def test_filter_that_does_not_answer_is_shown_as_degraded_whatever_it_last_said(world: World) -> None:

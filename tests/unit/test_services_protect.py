@@ -11,6 +11,7 @@ from mirror.domain.errors import (
     AlreadyProtected,
     CommandFailed,
     FilterAlreadyPresent,
+    HostError,
     LinkLost,
     NotProtected,
     OperationInProgress,
@@ -23,6 +24,7 @@ from mirror.domain.errors import (
 from mirror.domain.lifecycle import Phase
 from mirror.domain.plans import STEPS, JobKind, JobState
 from mirror.ports.source_vm import FilterPlacement
+from mirror.ports.store import Job
 from tests.fakes.fake_source import VmState
 from tests.fakes.world import DATASTORE, World
 
@@ -245,3 +247,22 @@ async def test_mirror_that_may_be_the_only_copy_is_not_deleted(world: World) -> 
         assert job.state is JobState.DONE
         assert world.mirror_state.active
         assert world.mirror_state.images
+
+
+async def test_store_that_fails_in_a_job_does_not_end_the_appliance(world: World) -> None:
+    async with world.appliance() as appliance:
+        put = world.store.put_job
+        broken = [HostError("database or disk is full")] * 2
+
+        async def put_job(job: Job) -> None:
+            if job.step and broken:
+                raise broken.pop()
+            await put(job)
+
+        world.store.put_job = put_job  # type: ignore[method-assign]
+        await appliance.protect("web", DATASTORE, None)
+        await world.clock.until(lambda: any("full" in e.text for e in appliance.events.kept()), "it is told")
+        await world.clock.pass_time(1)
+        assert appliance.ready.is_set()
+        assert untouched(world)
+        assert (await world.protected(appliance)).state is JobState.DONE
