@@ -91,7 +91,8 @@ look:
 .done:
         ret
 
-; Bring screen and serial port up to date; costs next to nothing when only the age changed.
+; Bring screen and serial port up to date (the port only with news); costs next to nothing when only
+; the age changed.
 ; Clobbers: all.
 show:
         cmp     byte [block_changed], 0
@@ -104,12 +105,45 @@ show:
         jmp     draw_age
 .changed:
         call    draw_all
+        call    is_news
+        je      .shown
         call    report
+        mov     si, good
+        mov     di, said
+        mov     cx, SECTOR_BYTES / 4
+        rep     movsd
+.shown:
         mov     si, outcome
         mov     di, outcome_shown
         mov     cx, OUTCOME_BYTES
         rep     movsb
         mov     byte [block_changed], 0
+        ret
+
+; Is there anything worth a line on the serial port? Sequence, times, lag, dirty bytes and the text
+; change all the while, and would fill whatever log the port ends in.
+; Out: ZF clear if so.  Clobbers: CX, SI, DI.
+is_news:
+        mov     si, outcome
+        mov     di, outcome_shown
+        mov     cx, OUTCOME_BYTES
+        repe    cmpsb
+        jne     .done
+        mov     si, good + STATUS_OFF_GENERATION
+        mov     di, said + STATUS_OFF_GENERATION
+        mov     cx, 8
+        repe    cmpsb
+        jne     .done
+        mov     si, good + STATUS_OFF_STATE
+        mov     di, said + STATUS_OFF_STATE
+        mov     cx, STATUS_OFF_LAST_SYNC_TEXT - STATUS_OFF_STATE
+        repe    cmpsb
+        jne     .done
+        mov     si, good + STATUS_OFF_MIRROR_TEXT
+        mov     di, said + STATUS_OFF_MIRROR_TEXT
+        mov     cx, STATUS_LEN_MIRROR_TEXT
+        repe    cmpsb
+.done:
         ret
 
 %include "clock.inc"
@@ -174,3 +208,4 @@ vars_end:
 incoming:       resb SECTOR_BYTES       ; as read now
 judged:         resb SECTOR_BYTES       ; as read when the verdict was given
 good:           resb SECTOR_BYTES       ; the last believable one
+said:           resb SECTOR_BYTES       ; the one that the serial port was told of last

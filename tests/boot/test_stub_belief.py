@@ -89,6 +89,8 @@ def test_single_flipped_bits_of_a_promoted_block_start_nothing(boot: Boot, marke
         vm.write_status(bytes(sector))
         wait_for("a new line", lambda before=before: len(vm.serial_lines()) > before, timeout_s=5.0)  # type: ignore[misc]
         assert vm.serial_lines()[before:][0].startswith("vmirror-stub: no believable status: "), f"bit {bit}"
+        vm.write_status(encode(replace(MIRRORING, sequence=200 + step)))
+        vm.wait_serial(f"vmirror-stub: seq={200 + step} ")
 
 
 def test_promoted_must_be_exactly_one(boot: Boot, marker_disk: MarkerDisk) -> None:

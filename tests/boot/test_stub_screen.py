@@ -247,10 +247,21 @@ def test_a_status_rewritten_in_place_is_seen_within_two_seconds(boot: Boot) -> N
     vm = boot(encode(MIRRORING))
     vm.wait_serial(APIC_LINE)
     for sequence in range(8, 12):
-        vm.write_status(encode(replace(MIRRORING, sequence=sequence)))
+        vm.write_status(encode(replace(MIRRORING, sequence=sequence, generation=sequence)))
         vm.wait_serial(f"vmirror-stub: seq={sequence} ", timeout_s=2.0)
         assert f"Sequence     {sequence}" in str(vm.screen())
     assert len(vm.serial_lines()) == 6  # one line for each block, one for the timer: nothing twice
+
+
+def test_what_changes_all_the_while_is_shown_but_fills_no_log(boot: Boot) -> None:
+    vm = boot(encode(MIRRORING))
+    vm.wait_serial(APIC_LINE)
+    lines = len(vm.serial_lines())
+    for sequence in range(8, 11):
+        changed = replace(MIRRORING, sequence=sequence, dirty_bytes=sequence << 20, lag_ms=sequence)
+        vm.write_status(encode(changed))
+        vm.wait_screen(f"Sequence     {sequence}", timeout_s=2.5)
+    assert len(vm.serial_lines()) == lines
 
 
 def test_an_appliance_that_stops_writing_is_said_to_be_stale(boot: Boot, keep_screenshot: Keep) -> None:
