@@ -7,7 +7,6 @@ everything again; then both sides are byte for byte the same.
 
 from __future__ import annotations
 
-import asyncio
 import signal
 import time
 
