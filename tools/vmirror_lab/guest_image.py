@@ -140,23 +140,45 @@ def kernel_tree(kernel: Kernel) -> Path:
     )
 
 
-def writer() -> Path:
-    """The record writer, built static for the guest; it runs on the host as well."""
+def _program(name: str) -> Path:
+    source, header = HERE / f"guest/{name}.c", HERE / "guest/content.h"
+    flags = (
+        "-std=gnu11",
+        "-O2",
+        "-Wall",
+        "-Wextra",
+        "-Wshadow",
+        "-Wconversion",
+        "-Werror",
+        "-static",
+        "-pthread",
+    )
 
     def make(into: Path) -> None:
-        run(
-            "gcc",
-            "-std=gnu11",
-            "-O2",
-            "-Wall",
-            "-Wextra",
-            "-static",
-            "-o",
-            into / "writer",
-            HERE / "guest/writer.c",
-        )
+        run("gcc", *flags, "-o", into / name, source)
 
-    return cached("writer", (HERE / "guest/writer.c").read_text(), make) / "writer"
+    return cached(name, f"{flags} {source.read_text()} {header.read_text()}", make) / name
+
+
+def writer() -> Path:
+    """The record writer, built static for the guest; it runs on the host as well."""
+    return _program("writer")
+
+
+def hammer() -> Path:
+    """The writer without order; see guest/hammer.c."""
+    return _program("hammer")
+
+
+def _copy_programs(root: Path) -> None:
+    """Into the guest's /bin."""
+    for program in (writer(), hammer(), HERE / "guest/list-disks"):
+        shutil.copy(program, root / "bin")
+        (root / "bin" / program.name).chmod(0o755)
+
+
+def _programs_key() -> str:
+    return f"{writer()} {hammer()} {(HERE / 'guest/list-disks').read_text()}"
 
 
 def _load_order(tree: Path) -> list[Path]:
@@ -180,7 +202,7 @@ def _load_order(tree: Path) -> list[Path]:
 
 def boot(kernel: Kernel) -> Boot:
     """Kernel and initrd of both kinds of guest."""
-    tree, program, script = kernel_tree(kernel), writer(), HERE / "guest/initrd-init"
+    tree, script = kernel_tree(kernel), HERE / "guest/initrd-init"
 
     def make(into: Path) -> None:
         (vmlinuz,) = tree.glob("boot/vmlinuz-*")
@@ -193,7 +215,7 @@ def boot(kernel: Kernel) -> Boot:
             shutil.copy(module, root / "modules")
         (root / "modules/order").write_text("".join(f"{module.stem}\n" for module in order))
         shutil.copy(BUSYBOX, root / "bin/busybox")
-        shutil.copy(program, root / "bin/writer")
+        _copy_programs(root)
         shutil.copy(script, root / "init")
         (root / "init").chmod(0o755)
         names = "\n".join(str(path.relative_to(root)) for path in sorted(root.rglob("*")))
@@ -202,7 +224,7 @@ def boot(kernel: Kernel) -> Boot:
         shutil.rmtree(root)
 
     (release,) = (path.name for path in tree.glob("boot/vmlinuz-*"))
-    inputs = f"{tree} {release} {program} {script.read_text()} {_MODULES} {_digest(BUSYBOX)}"
+    inputs = f"{tree} {release} {_programs_key()} {script.read_text()} {_MODULES} {_digest(BUSYBOX)}"
     folder = cached(f"boot-{kernel}", inputs, make)
     return Boot(folder / "vmlinuz", folder / "initrd.gz")
 
@@ -225,7 +247,7 @@ def _root_tree(root: Path, kernel: Kernel, filler_mib: int) -> None:
     for applet in run(BUSYBOX, "--list").decode().split():
         if applet != "busybox":
             (root / "bin" / applet).symlink_to("busybox")
-    shutil.copy(writer(), root / "bin/writer")
+    _copy_programs(root)
     (root / "var/records").touch()
     shutil.copy(HERE / "guest/disk-init", root / "sbin/init")
     (root / "sbin/init").chmod(0o755)
@@ -277,7 +299,7 @@ def disk_image(*, size_mib: int = 256, kernel: Kernel = Kernel.CLOUD, filler_mib
 
     script = (HERE / "guest/disk-init").read_text()
     grub = " ".join(_digest(GRUB / name) for name in ("boot.img", "kernel.img"))
-    inputs = f"2 {size_mib} {filler_mib} {boot(kernel)} {_GRUB_CFG} {script} {writer()} {grub}"
+    inputs = f"2 {size_mib} {filler_mib} {boot(kernel)} {_GRUB_CFG} {script} {grub}"
     return cached(f"disk-{kernel}", inputs, make) / "disk.raw"
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
-import os
 import signal
 import time
 from collections.abc import Sequence
@@ -21,16 +19,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from qemu.qmp import QMPClient
+from qemu.qmp import QMPClient, QMPError
 
 from mirror.domain.model import DeviceKind
 from vmirror_lab import guest_image
+from vmirror_lab.child import Child
 from vmirror_lab.counter import Acks
 from vmirror_lab.qemu_builds import QemuBuild, installed
 
 START_DEADLINE_S = 20.0
 POLL_S = 0.02
-_PR_SET_PDEATHSIG = 1
+DISKS_MAX = {DeviceKind.IDE: 4, DeviceKind.SATA: 6, DeviceKind.LSI: 7}
+"""Where the controller has room for fewer than eight."""
+_IOTHREAD_KINDS = (DeviceKind.VIRTIO_BLK, DeviceKind.VIRTIO_SCSI)
 
 
 class Guest(StrEnum):
@@ -53,6 +54,7 @@ class VmSpec:
     by_drive: bool = False
     iothread: bool = False
     mode: str = "run"
+    """``run``, ``scan`` (verify only) or ``hammer``; empty: the guest is told nothing, as in a mirror VM."""
     memory_mib: int = 256
     machine: str = "pc"
     cache_direct: bool = True
@@ -60,6 +62,13 @@ class VmSpec:
     blkdebug: Path | None = None
     extra: tuple[str, ...] = ()
     build: QemuBuild = field(default_factory=installed)
+
+    def __post_init__(self) -> None:
+        most = DISKS_MAX.get(self.device, 8)
+        if len(self.images) > most:
+            raise ValueError(f"{self.name}: {len(self.images)} disks; {most} fit on {self.device}")
+        if self.iothread and self.device not in _IOTHREAD_KINDS:
+            raise ValueError(f"{self.name}: {self.device} knows no iothread")
 
 
 def prepare_images(
@@ -84,10 +93,6 @@ def prepare_images(
     return tuple(made)
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 class LabVm:
     """One VM in ``directory``. As a context manager it is killed at the end, whatever happened."""
 
@@ -101,7 +106,7 @@ class LabVm:
         self.stderr_log = directory / f"{spec.name}.stderr"
         self.pid_file = directory / f"{spec.name}.pid"
         self.acks = Acks(self.ack_log)
-        self._process: asyncio.subprocess.Process | None = None
+        self._child: Child | None = None
         self._qmp: QMPClient | None = None
 
     async def __aenter__(self) -> Self:
@@ -116,49 +121,73 @@ class LabVm:
     # -- the process --------------------------------------------------------------------------
 
     @property
+    def _started(self) -> Child:
+        if self._child is None:
+            raise RuntimeError(f"{self.spec.name} was not started")
+        return self._child
+
+    @property
     def pid(self) -> int:
-        assert self._process is not None, "the VM was not started"
-        return self._process.pid
+        return self._started.pid
 
     @property
     def alive(self) -> bool:
-        return self._process is not None and self._process.returncode is None
+        return self._child is not None and self._child.status is None
 
     async def start(self, *, detached: bool = False) -> None:
-        """Start QEMU and wait until its test monitor answers. ``detached``: it outlives this program."""
+        """Start QEMU and wait until its test monitor answers. ``detached``: it outlives this program.
+
+        :raises RuntimeError: it ended at once, or its monitor does not answer; no process is left.
+        """
+        argv = self.command_line()
         for path in (self.qmp_socket, self.test_qmp_socket, self.serial_log, self.ack_log):
             path.unlink(missing_ok=True)
         self.acks = Acks(self.ack_log)
-        with self.stderr_log.open("wb") as log:
-            self._process = await asyncio.create_subprocess_exec(
-                *self.command_line(),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=self.spec.build.environment(),
-                start_new_session=detached,
-                preexec_fn=None if detached else _die_with_parent,
-            )
-        deadline = time.monotonic() + START_DEADLINE_S
-        while not self.test_qmp_socket.exists():
-            if not self.alive or time.monotonic() > deadline:
-                raise RuntimeError(f"{self.spec.name} did not start: {self.stderr_log.read_text()}")
-            await asyncio.sleep(POLL_S)
+        env = self.spec.build.environment()
+        self._child = Child.spawn(argv, env=env, output=self.stderr_log, detached=detached)
+        try:
+            deadline = time.monotonic() + START_DEADLINE_S
+            while not await self._monitor_greets():
+                if not self.alive or time.monotonic() > deadline:
+                    raise RuntimeError(f"{self.spec.name} did not start: {self.stderr_text()}")
+                await asyncio.sleep(POLL_S)
+        except BaseException:
+            await self._child.kill()
+            raise
+
+    async def _monitor_greets(self) -> bool:
+        try:
+            reader, writer = await asyncio.open_unix_connection(self.test_qmp_socket)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        try:
+            async with asyncio.timeout(START_DEADLINE_S):
+                return bool(await reader.readline())
+        except (TimeoutError, ConnectionResetError):
+            return False
+        finally:
+            writer.close()
+            with contextlib.suppress(OSError):  # it was only asked whether it is there
+                await writer.wait_closed()
 
     async def kill(self) -> None:
-        """SIGKILL, and wait until it is gone."""
-        await self.close_qmp()
-        if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-            await self._process.wait()
+        """SIGKILL, and wait until it is gone; nothing when it was not started."""
+        try:
+            if self._child is not None:
+                await self._child.kill()
+        finally:
+            await self.close_qmp()
 
     def send_signal(self, number: signal.Signals) -> None:
-        os.kill(self.pid, number)
+        self._started.send_signal(number)
 
     async def wait_exit(self, *, timeout_s: float) -> int:
-        assert self._process is not None
-        return await asyncio.wait_for(self._process.wait(), timeout_s)
+        """Its exit status once it has ended; -N after signal N."""
+        return await self._started.wait(timeout_s=timeout_s)
+
+    def stderr_text(self) -> str:
+        """What QEMU itself said."""
+        return self.stderr_log.read_text(errors="replace") if self.stderr_log.exists() else ""
 
     # -- the monitor -----------------------------------------------------------------------------
 
@@ -173,13 +202,26 @@ class LabVm:
                 self._qmp = client
             return await self._qmp.execute(command, arguments)
 
+    async def wait_event(self, name: str, *, timeout_s: float) -> dict[str, Any]:
+        """The next event ``name`` among those that came since the test monitor was connected.
+
+        Connect it (:meth:`qmp`) before what causes the event.
+        """
+        if self._qmp is None:
+            raise RuntimeError(f"{self.spec.name}: no monitor was connected before the event {name}")
+        async with asyncio.timeout(timeout_s):
+            while True:
+                message = await self._qmp.events.get()
+                if message["event"] == name:
+                    return dict(message)
+
     async def hmp(self, line: str) -> str:
         return str(await self.qmp("human-monitor-command", {"command-line": line}))
 
     async def close_qmp(self) -> None:
         client, self._qmp = self._qmp, None
         if client is not None:
-            with contextlib.suppress(Exception):  # a monitor that died with its VM: nothing to close
+            with contextlib.suppress(OSError, EOFError, QMPError):  # it died with its VM
                 await client.disconnect()
 
     async def power_button(self) -> None:
@@ -198,7 +240,7 @@ class LabVm:
         deadline = time.monotonic() + timeout_s
         while text not in (seen := self.serial_text()):
             if not self.alive:
-                raise RuntimeError(f"{self.spec.name} ended: {self.stderr_log.read_text()} {seen[-2000:]}")
+                raise RuntimeError(f"{self.spec.name} ended: {self.stderr_text()} {seen[-2000:]}")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{self.spec.name}: {text!r} not on the serial port: {seen[-2000:]}")
             await asyncio.sleep(POLL_S)
@@ -212,7 +254,7 @@ class LabVm:
             if counted.errors:
                 raise RuntimeError(f"{self.spec.name}: the guest saw errors: {counted.errors}")
             if not self.alive:
-                raise RuntimeError(f"{self.spec.name} ended: {self.stderr_log.read_text()}")
+                raise RuntimeError(f"{self.spec.name} ended: {self.stderr_text()}")
             if time.monotonic() > deadline:
                 reached = f"record {counted.newest} after {timeout_s} s, {wanted} wanted"
                 raise TimeoutError(f"{self.spec.name}: {reached}: {self.serial_text()[-500:]}")
@@ -242,7 +284,9 @@ class LabVm:
         argv += ["-device", "virtserialport,bus=ports.0,chardev=acks,name=acks"]
         if spec.guest is Guest.DISK:
             argv += ["-netdev", "user,id=net0,restrict=on", "-device", "virtio-net-pci,netdev=net0,romfile="]
-            argv += ["-fw_cfg", f"name=opt/vmirror/mode,string={spec.mode}"]
+            told = {"mode": spec.mode, "disks": len(spec.images)} if spec.mode else {}
+            for key, value in told.items():
+                argv += ["-fw_cfg", f"name=opt/vmirror/{key},string={value}"]
         elif spec.guest is Guest.KERNEL:
             started = guest_image.boot(guest_image.kernel_for(spec.device))
             append = (

@@ -7,7 +7,6 @@
  *
  *   writer scan TARGET...                 print "RECORDS first=.. last=.. count=.. bad=.."
  *   writer run [-p PORT] [-l MIB] TARGET...   go on after the last record; MIB per target are kept
- *   writer hammer [-p PORT] [-s SEED] TARGET...  random writes, 512 B to 64 KiB, zeroes and discards
  *   writer button                         wait for the ACPI power button
  *
  * count is the number of records up to the newest one, bad how many of those that must still be there
@@ -16,7 +15,6 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/falloc.h>
 #include <linux/input.h>
 #include <poll.h>
 #include <stdarg.h>
@@ -28,9 +26,10 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "content.h"
+
 #define RECORD_BYTES 4096u
 #define TARGETS_MAX 8
-#define HAMMER_SPAN_BYTES (32u << 20)
 #define INPUTS_MAX 16
 
 struct record {
@@ -56,34 +55,6 @@ report (const char *format, ...)
   va_end (ap);
   if (write (port == -1 ? STDOUT_FILENO : port, line, (size_t) n) != n)
     exit (3);
-}
-
-static uint32_t
-crc32 (const void *data, size_t size)
-{
-  static uint32_t table[256];
-  const unsigned char *p = data;
-  uint32_t crc = ~0u;
-
-  if (!table[1])
-    for (uint32_t i = 0; i < 256; i++) {
-      uint32_t c = i;
-      for (int bit = 0; bit < 8; bit++)
-        c = c & 1 ? 0xedb88320u ^ (c >> 1) : c >> 1;
-      table[i] = c;
-    }
-  while (size--)
-    crc = table[(crc ^ *p++) & 0xff] ^ (crc >> 8);
-  return ~crc;
-}
-
-static uint64_t
-scramble (uint64_t x)
-{
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
 }
 
 static void
@@ -120,6 +91,7 @@ struct targets {
   uint64_t count;
 };
 
+/* Targets exist: a name that is not there yet would become a file in the guest's memory. */
 static void
 open_targets (struct targets *t, int argc, char **argv, int flags, uint64_t limit_bytes)
 {
@@ -130,7 +102,7 @@ open_targets (struct targets *t, int argc, char **argv, int flags, uint64_t limi
   }
   for (int i = 0; i < argc; i++) {
     struct stat st;
-    t->fds[i] = open (argv[i], flags | O_CLOEXEC, 0600);
+    t->fds[i] = open (argv[i], flags | O_CLOEXEC);
     if (t->fds[i] == -1 || fstat (t->fds[i], &st) == -1) {
       fprintf (stderr, "writer: %s: %s\n", argv[i], strerror (errno));
       exit (2);
@@ -188,48 +160,12 @@ run (struct targets *t)
     int fd = t->fds[s % t->count];
     uint64_t slot = s % places / t->count;
     make_record (&r, s);
-    ssize_t n = pwrite (fd, &r, sizeof r, (off_t) (slot * RECORD_BYTES));
-    if (n != (ssize_t) sizeof r || fdatasync (fd) == -1) {
-      report ("ERR %llu %d\n", (unsigned long long) s, n >= 0 ? errno : EIO);
+    errno = EIO; /* what a short write means here; a failure sets its own */
+    if (pwrite (fd, &r, sizeof r, (off_t) (slot * RECORD_BYTES)) != (ssize_t) sizeof r || fdatasync (fd) == -1) {
+      report ("ERR %llu %d\n", (unsigned long long) s, errno);
       return 1;
     }
     report ("ACK %llu\n", (unsigned long long) s);
-  }
-}
-
-/* Writes without order or flush all over the last 32 MiB of each target; every 256th op is reported, so
-   that an outside reader sees that it lives. */
-static int
-hammer (struct targets *t, uint64_t seed)
-{
-  static unsigned char buffer[65536];
-
-  for (uint64_t op = 0;; op++) {
-    uint64_t a = scramble (seed + 3 * op), b = scramble (seed + 3 * op + 1), c = scramble (seed + 3 * op + 2);
-    unsigned which = (unsigned) (a % t->count);
-    int fd = t->fds[which];
-    uint64_t size = t->limit[which] * RECORD_BYTES;
-    uint64_t span = size < HAMMER_SPAN_BYTES ? size : HAMMER_SPAN_BYTES;
-    uint64_t length = (1 + b % 128) * 512;
-    uint64_t offset = size - span + (c % ((span - length) / 512)) * 512;
-    int failed;
-
-    if (op % 16 == 15)
-      failed = fallocate (fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, (off_t) (offset & ~4095ull), 8192) == -1
-               && errno != EOPNOTSUPP;
-    else {
-      for (size_t i = 0; i < length / 8; i++)
-        ((uint64_t *) (void *) buffer)[i] = scramble (op * 8192 + i);
-      failed = pwrite (fd, buffer, length, (off_t) offset) != (ssize_t) length;
-    }
-    if (op % 64 == 63)
-      failed |= fdatasync (fd) == -1;
-    if (failed) {
-      report ("ERR %llu %d\n", (unsigned long long) op, errno);
-      return 1;
-    }
-    if (op % 256 == 255)
-      report ("ACK %llu\n", (unsigned long long) op);
   }
 }
 
@@ -253,21 +189,21 @@ wait_button (void)
           && event.code == KEY_POWER && event.value == 1)
         return 0;
     }
-  return 1;
+  return 1; /* no input device, or a dead one */
 }
 
 int
 main (int argc, char **argv)
 {
   struct targets t;
-  uint64_t limit_bytes = 64u << 20, seed = 1, bad;
+  uint64_t limit_bytes = 64u << 20, bad;
   int option;
 
   if (argc < 2)
     return 2;
   char **rest = argv + 1;
   int count = argc - 1;
-  while ((option = getopt (count, rest, "p:l:s:")) != -1)
+  while ((option = getopt (count, rest, "p:l:")) != -1)
     switch (option) {
     case 'p':
       port = open (optarg, O_WRONLY | O_CLOEXEC);
@@ -278,9 +214,6 @@ main (int argc, char **argv)
       break;
     case 'l':
       limit_bytes = strtoull (optarg, NULL, 10) << 20;
-      break;
-    case 's':
-      seed = strtoull (optarg, NULL, 10);
       break;
     default:
       return 2;
@@ -293,17 +226,15 @@ main (int argc, char **argv)
   if (strcmp (argv[1], "scan") == 0) {
     open_targets (&t, count, rest, O_RDONLY, limit_bytes);
     uint64_t good = scan (&t, &bad);
-    printf ("RECORDS first=%d last=%lld count=%llu bad=%llu\n", good ? 0 : -1, (long long) good - 1,
+    uint64_t places = window (&t);
+    long long first = good ? (long long) (good > places ? good - places : 0) : -1;
+    printf ("RECORDS first=%lld last=%lld count=%llu bad=%llu\n", first, (long long) good - 1,
             (unsigned long long) good, (unsigned long long) bad);
     return bad != 0;
   }
   if (strcmp (argv[1], "run") == 0) {
-    open_targets (&t, count, rest, O_RDWR | O_CREAT, limit_bytes);
+    open_targets (&t, count, rest, O_RDWR, limit_bytes);
     return run (&t);
-  }
-  if (strcmp (argv[1], "hammer") == 0) {
-    open_targets (&t, count, rest, O_RDWR | O_CREAT, UINT64_MAX);
-    return hammer (&t, seed);
   }
   return 2;
 }
