@@ -87,6 +87,15 @@ lose_answer_locked (struct fake_mirror *m)
   return -1;
 }
 
+/* Something else happens before the answer arrives. */
+static int
+answer (struct fake_mirror *m, int r, bool flush)
+{
+  if (r == 0 && m->during)
+    m->during (m->opaque, flush);
+  return r;
+}
+
 static struct mirror_session *
 fake_open (struct mirror_dev *dev, bool probe, int64_t deadline_us, char *fault)
 {
@@ -107,7 +116,7 @@ fake_open (struct mirror_dev *dev, bool probe, int64_t deadline_us, char *fault)
 }
 
 static int
-change (struct mirror_session *s, unsigned disk, const uint8_t *buf, uint64_t count, uint64_t offset, int64_t deadline_us)
+change_cache (struct mirror_session *s, unsigned disk, const uint8_t *buf, uint64_t count, uint64_t offset, int64_t deadline_us)
 {
   struct fake_mirror *m = s->m;
 
@@ -129,7 +138,13 @@ change (struct mirror_session *s, unsigned disk, const uint8_t *buf, uint64_t co
 }
 
 static int
-fake_flush (struct mirror_session *s, unsigned disk, int64_t deadline_us)
+change (struct mirror_session *s, unsigned disk, const uint8_t *buf, uint64_t count, uint64_t offset, int64_t deadline_us)
+{
+  return answer (s->m, change_cache (s, disk, buf, count, offset, deadline_us), false);
+}
+
+static int
+flush_cache (struct mirror_session *s, unsigned disk, int64_t deadline_us)
 {
   struct fake_mirror *m = s->m;
 
@@ -139,6 +154,12 @@ fake_flush (struct mirror_session *s, unsigned disk, int64_t deadline_us)
     return -1;
   memcpy (m->durable[disk], m->cache[disk], sizeof m->cache[disk]);
   return r == 0 ? 0 : lose_answer_locked (m);
+}
+
+static int
+fake_flush (struct mirror_session *s, unsigned disk, int64_t deadline_us)
+{
+  return answer (s->m, flush_cache (s, disk, deadline_us), true);
 }
 
 static int

@@ -31,6 +31,8 @@ struct fake_mirror {
   uint64_t incarnation; /* sessions of an older one are dead */
   unsigned trouble_per_mille;
   unsigned sessions;
+  void (*during) (void *opaque, bool flush); /* after a write or flush was done, before it is answered; NULL: none */
+  void *opaque;
   bool hang; /* requests wait until they are abandoned or their deadline */
   pthread_cond_t abandoned;
 };

@@ -38,6 +38,8 @@ struct world {
   struct filter *f;
   struct client *clients[FAKE_DISKS]; /* NULL: the hypervisor has no connection */
   struct half half;
+  struct client *old_client; /* of a connection that was replaced, and what is still on its way there */
+  struct half late;
   uint64_t next_value;
   uint64_t generation_seen;
   uint8_t buf[16 * SECTOR_BYTES];
@@ -54,9 +56,8 @@ to_source (struct world *w, const struct half *h)
 }
 
 static void
-to_tee (struct world *w, const struct half *h)
+to_client (struct world *w, struct client *client, const struct half *h)
 {
-  struct client *client = w->clients[h->disk];
   bool fua = roll_below (&w->dice, 8) == 0;
 
   if (!client)
@@ -71,6 +72,12 @@ to_tee (struct world *w, const struct half *h)
     memcpy (w->buf + i * SECTOR_BYTES, &value, sizeof value);
   }
   tee_write (client, w->buf, (uint32_t) (h->count * SECTOR_BYTES), h->first * SECTOR_BYTES, fua);
+}
+
+static void
+to_tee (struct world *w, const struct half *h)
+{
+  to_client (w, w->clients[h->disk], h);
 }
 
 static void
@@ -111,20 +118,70 @@ between (void *opaque, unsigned disk)
   struct superblock block;
   char why[200];
 
-  (void) disk;
   pthread_mutex_lock (&w->mirror.mu);
   int r = superblock_decode (w->mirror.super_durable, &block, why, sizeof why);
   pthread_mutex_unlock (&w->mirror.mu);
   CHECK (r == 0 && !block.consistent);
   for (uint64_t n = roll_below (&w->dice, 3); n > 0; n--)
     guest_write (w, true);
+  if (w->clients[disk] && roll_below (&w->dice, 4) == 0)
+    tee_flush (w->clients[disk]);
   if (roll_below (&w->dice, 60) == 0)
     fake_mirror_cut (&w->mirror, roll (&w->dice) % 2);
+}
+
+/* A request of the old connection arrives after its newer self, and after what the guest wrote since. */
+static void
+deliver_late (struct world *w)
+{
+  if (!w->old_client)
+    return;
+  if (w->late.there)
+    to_client (w, w->old_client, &w->late);
+  client_close (w->old_client);
+  free (w->old_client);
+  w->old_client = NULL;
+}
+
+/* Between what the mirror did and its answer: the guest writes while a flush is under way and flushes while a
+   write is; or the connection breaks and the mirror's host crashes, and the answer is worth nothing. */
+static void
+during (void *opaque, bool flush)
+{
+  struct world *w = opaque;
+  unsigned disk = (unsigned) roll_below (&w->dice, FAKE_DISKS);
+
+  w->mirror.during = NULL; /* not once more inside */
+  if (flush && roll_below (&w->dice, 3) == 0)
+    guest_write (w, false);
+  else if (!flush && w->clients[disk] && roll_below (&w->dice, 10) == 0)
+    tee_flush (w->clients[disk]);
+  w->mirror.during = during;
+  if (roll_below (&w->dice, 100) > 0)
+    return;
+  filter_lose_link (w->f, NULL, "broken in the test");
+  fake_mirror_cut (&w->mirror, true);
 }
 
 static void
 connect_guest (struct world *w, unsigned disk)
 {
+  struct half resent = w->half;
+
+  deliver_late (w);
+  if (w->clients[disk] && resent.there && resent.disk == disk && !resent.tee_first) {
+    w->half.there = false;
+    w->late = resent;
+    w->old_client = w->clients[disk];
+    w->clients[disk] = calloc (1, sizeof *w->clients[disk]);
+    CHECK (w->clients[disk] && client_open (w->clients[disk], &w->f->disks[disk]) == 0);
+    to_tee (w, &resent);
+    resent.value = w->next_value; /* and the guest goes on with newer data at the same place */
+    w->next_value += resent.count;
+    to_source (w, &resent);
+    to_tee (w, &resent);
+    return;
+  }
   end_half (w);
   if (w->clients[disk]) {
     client_close (w->clients[disk]);
@@ -204,6 +261,8 @@ start (struct world *w)
 static void
 restart (struct world *w, bool crash)
 {
+  w->late.there = w->late.there && !crash;
+  deliver_late (w);
   for (unsigned d = 0; d < FAKE_DISKS; d++)
     disconnect_guest (w, d);
   if (crash)
@@ -255,9 +314,12 @@ check_mirroring (struct world *w)
   struct superblock block;
   char why[200];
 
+  w->mirror.during = NULL; /* a write during the flush need not be durable after it */
   CHECK (superblock_decode (w->mirror.super_durable, &block, why, sizeof why) == 0);
   CHECK (block.consistent && block.generation == w->f->saved.generation);
   for (unsigned d = 0; d < FAKE_DISKS; d++) {
+    if (w->f->standing.phase != PHASE_MIRRORING)
+      return; /* this time the flush has found trouble */
     CHECK (book_copy_granules (&w->f->disks[d].book) == 0);
     if (!w->clients[d])
       continue;
@@ -289,6 +351,9 @@ step (struct world *w)
   case 4:
     disconnect_guest (w, disk);
     break;
+  case 12:
+    deliver_late (w);
+    break;
   case 5:
     restart (w, roll (&w->dice) % 2);
     break;
@@ -299,6 +364,7 @@ step (struct world *w)
     if (resync (w)) {
       check (w);
       check_mirroring (w);
+      w->mirror.during = during;
     }
     break;
   case 9:
@@ -335,6 +401,8 @@ run (uint64_t seed, const char *folder)
   w->source.between = between;
   w->source.opaque = w;
   w->mirror.trouble_per_mille = seed % 3 == 0 ? 0 : 15;
+  w->mirror.during = during;
+  w->mirror.opaque = w;
   w->f = start (w);
   for (unsigned d = 0; d < FAKE_DISKS; d++)
     connect_guest (w, d);
@@ -346,7 +414,9 @@ run (uint64_t seed, const char *folder)
   w->mirror.trouble_per_mille = 0;
   w->mirror.up = true;
   end_half (w);
+  deliver_late (w);
   w->source.between = NULL;
+  w->mirror.during = NULL;
   CHECK (resync (w));
   check (w);
   check_mirroring (w);
@@ -361,7 +431,7 @@ run (uint64_t seed, const char *folder)
 int
 main (int argc, char **argv)
 {
-  uint64_t first = argc > 1 ? strtoull (argv[1], NULL, 10) : 1, count = argc > 2 ? strtoull (argv[2], NULL, 10) : 300;
+  uint64_t first = argc > 1 ? strtoull (argv[1], NULL, 10) : 1, count = argc > 2 ? strtoull (argv[2], NULL, 10) : 200;
   char folder[64];
 
   if (!getenv ("VMIRROR_DEBUG"))
