@@ -24,7 +24,11 @@ class Control:
     def __init__(self, path: Path, *, timeout_s: float = 15.0) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(timeout_s)
-        self._socket.connect(str(path))
+        try:
+            self._socket.connect(str(path))
+        except OSError:
+            self._socket.close()  # or the garbage collector warns of it, in some later test
+            raise
         self._lines = self._socket.makefile("rb")
         self._last_id = 0
 
