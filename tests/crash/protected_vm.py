@@ -324,4 +324,5 @@ async def worst_stall_ms(site: ProtectedVm, hurt: Callable[[], Awaitable[None]])
     async with StallWatch(site.vm.acks) as gap:
         await hurt()
         await site.vm.wait_acks(20, timeout_s=DEADLINE_S)
+    print(f"{site.name}: the guest stood still {gap.worst_ms:.0f} ms at worst")  # pytest -rP shows it
     return gap.worst_ms

@@ -24,7 +24,7 @@ import pytest
 
 from tests.crash.protected_vm import POLL_S, ProtectedVm, frozen, protected_vm, until
 from vmirror_lab.child import Child
-from vmirror_lab.control import Control
+from vmirror_lab.control import Control, ControlError
 
 pytestmark = [pytest.mark.real_qemu, pytest.mark.crash]
 
@@ -97,6 +97,10 @@ async def never_writes(site: ProtectedVm, state: str) -> dict[str, Any]:
     async with mirror_served_again(site):
         await asyncio.to_thread(filter_in, site, state)
         assert NO_SPACE in await asyncio.to_thread(write_through_the_filter, site)
+        # Even an appliance that knows of nothing, and wants a resync, does not get one.
+        with site.control() as control, pytest.raises(ControlError) as refused:
+            await asyncio.to_thread(control.call, "resync-begin")
+        assert refused.value.kind == "WrongState"
         status = await asyncio.to_thread(filter_in, site, state)
         assert status["counters"]["writes"] >= 1
         assert status["dirty_bytes"] >= 256 << 10

@@ -92,6 +92,12 @@ async def test_source_disk_that_fails_once_pauses_the_vm_and_goes_on_without_an_
         assert view.state == "MIRRORING"
         assert view.reason == ""
         assert view.filter.counters["mirror_errors"] == 0
+        # And nothing that a fresh appliance would not take up again.
+        site.daemon.kill()
+        await site.daemon.start()
+        await site.until_view(
+            lambda seen: (seen.state, seen.source.state) == ("MIRRORING", "paused"), "it is adopted as it is"
+        )
         await site.vm.qmp("cont")
         await site.vm.wait_acks(50)
         site.guest_saw_no_error()
