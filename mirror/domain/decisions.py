@@ -9,6 +9,7 @@ from mirror.domain.errors import MirrorInconsistent, SourceMayBeAlive, Unsuitabl
 from mirror.domain.lifecycle import Record
 from mirror.domain.model import FilterStatus, Protection, ProtectionState, VmDescription
 from mirror.domain.recovery import Graph, Link, Sight
+from mirror.domain.status_block import human_bytes, human_time
 from mirror.domain.superblock import Superblock
 
 
@@ -50,12 +51,31 @@ def decide_fence(vm: str, *, answers: bool, process: Process, source_is_dead: bo
     )
 
 
-def check_promotable(record: Record, superblock: Superblock, sight: Sight, *, force: bool) -> None:
+@dataclass(frozen=True, slots=True)
+class LastKnown:
+    """How the mirror stood while the source still wrote.
+
+    ``status`` is the filter's last word while all of the source's tees were connected to it: what it
+    says after the source has ended (it may have been restarted, or lost the mirror) takes nothing away
+    from the mirror. Without anybody who watched, it is the filter's word of now; None: nobody knows.
+    ``missed_since_unix_ms``: the source answered while the filter did not, or had no tee; 0: never.
+    """
+
+    status: FilterStatus | None = None
+    missed_since_unix_ms: int = 0
+
+
+def check_promotable(
+    record: Record, superblock: Superblock, sight: Sight, last: LastKnown, *, force: bool
+) -> None:
     """May this mirror take over as it is?
 
+    A source that died while MIRRORING leaves a mirror that lacks nothing, whatever became of the filter
+    afterwards. When nobody knows more than the mirror itself, its superblock is believed.
+
     :raises UnsuitableMirror: it is another protection's; not even by force.
-    :raises MirrorInconsistent: a copy into it had begun and not ended, or the source has writes that
-        nobody booked; ``--force`` goes on, and is recorded.
+    :raises MirrorInconsistent: a copy into it had begun and not ended, or it is stale: the source has
+        writes that it lacks; ``--force`` goes on, and is recorded.
     """
     vm, uuid = record.protection.vm.name, record.protection.uuid
     if superblock.uuid != uuid:
@@ -77,6 +97,27 @@ def check_promotable(record: Record, superblock: Superblock, sight: Sight, *, fo
             f"Nothing was changed. To go back to the mirror's older state all the same: "
             f"vmirror failover {vm} --force"
         )
+    stale = _why_stale(sight, last)
+    if stale:
+        raise MirrorInconsistent(
+            f"{vm}: the mirror is stale: {stale}. It is as the source was at the last sync "
+            f"({human_time(superblock.last_sync_unix_ms)}), or a little later. Nothing was changed. Wait "
+            f"until it is MIRRORING, or, to go back to that state: vmirror failover {vm} --force"
+        )
+
+
+def _why_stale(sight: Sight, last: LastKnown) -> str:
+    """Empty when nothing is known to be missing on the mirror."""
+    status = last.status
+    if last.missed_since_unix_ms:
+        return f"the source has gone on without the filter since {human_time(last.missed_since_unix_ms)}"
+    if status is None or status.state is ProtectionState.MIRRORING:
+        return ""
+    if status.state is ProtectionState.FAILED_OVER and sight.link is not Link.ANSWERS:
+        # An earlier try of this failover fenced it, and had been allowed to; the source was off by then.
+        return ""
+    why = f" ({status.reason})" if status.reason else ""
+    return f"its filter was {status.state}{why}, with {human_bytes(status.dirty_bytes)} not yet mirrored"
 
 
 def same_vm(protection: Protection, seen: VmDescription) -> bool:

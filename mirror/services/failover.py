@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mirror.domain.decisions import Fence, check_promotable, decide_fence, same_vm
+from mirror.domain.decisions import Fence, LastKnown, check_promotable, decide_fence, same_vm
 from mirror.domain.errors import HostError, Refused, SourceMayBeAlive, VmirrorError
 from mirror.domain.lifecycle import Phase, Record
 from mirror.domain.overview import utc
@@ -67,7 +67,7 @@ class Failover:
             )
         async with source_seen(self._context, record.protection) as seen:
             await self._decide_fence(record, seen, options)
-            await self._check_mirror(record, seen, options)
+            await self._check_mirror(record, seen, options, await self._last_known(record))
         return Step.FENCE_SOURCE
 
     async def _check_start_again(self, record: Record, options: Options) -> None:
@@ -83,10 +83,27 @@ class Failover:
                     f"again."
                 )
 
-    async def _check_mirror(self, record: Record, seen: SeenSource, options: Options) -> None:
+    async def _check_mirror(
+        self, record: Record, seen: SeenSource, options: Options, last: LastKnown
+    ) -> None:
         superblock = await self._context.mirror.read_superblock(record.protection)
         sight = await sight_of(self._context, record.protection, seen)
-        check_promotable(record, superblock, sight, force=options.force)
+        check_promotable(record, superblock, sight, last, force=options.force)
+
+    async def _last_known(self, record: Record) -> LastKnown:
+        """What the follower saw while the source wrote; without that, what the filter says now."""
+        follower = self._registry.follower(record.protection.uuid)
+        if follower is not None and (follower.known.last.status or follower.known.last.missed_since_unix_ms):
+            return follower.known.last
+        timeout_s = self._context.settings.fence_filter_s
+        try:
+            control = await self._context.filters.connect(record.protection, timeout_s=timeout_s)
+            try:
+                return LastKnown(await control.status(timeout_s=timeout_s))
+            finally:
+                await control.close()
+        except VmirrorError:
+            return LastKnown()  # nobody can be asked: the mirror's own superblock decides
 
     async def _decide_fence(self, record: Record, seen: SeenSource, options: Options) -> Fence:
         protection = record.protection
@@ -155,7 +172,7 @@ class Failover:
             )
         async with source_seen(self._context, protection) as seen:
             fence = await self._decide_fence(record, seen, options)
-            await self._check_mirror(record, seen, options)
+            await self._check_mirror(record, seen, options, await self._last_known(record))
             if fence is Fence.POWER_OFF and seen.vm is not None:
                 try:
                     await seen.vm.power_off(timeout_s=settings.power_off_s)
@@ -187,7 +204,8 @@ class Failover:
 
     async def _promote_superblock(self, job: JobRun, record: Record) -> None:
         """Nobody writes any more, so what the superblock says now is final: ask again (a sync may have
-        begun since the first look)."""
+        begun since the first look). How it stood while the source wrote was judged before the filter was
+        fenced, which now says FAILED_OVER."""
         options, protection = Options.of(job), record.protection
         async with source_seen(self._context, protection) as seen:
             if seen.vm is not None:
@@ -195,7 +213,7 @@ class Failover:
                     f"{protection.vm.name}: the source was fenced and answers again: somebody started it. "
                     f"The mirror was not promoted. Stop it, then: vmirror failover {protection.vm.name}"
                 )
-            await self._check_mirror(record, seen, options)
+            await self._check_mirror(record, seen, options, LastKnown())
         superblock = await self._context.mirror.promote_superblock(
             protection,
             forced=options.force,

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from mirror.domain.decisions import LastKnown
 from mirror.domain.lifecycle import Record
-from mirror.domain.model import FilterStatus
+from mirror.domain.model import FilterStatus, ProtectionState
 from mirror.domain.overview import Facts, SourceSeen
 from mirror.ports.filter import FilterControl
 from mirror.ports.source_vm import SourceVM
@@ -36,6 +37,8 @@ class Known:
     source_note: str = ""
     mirror_vm_running: bool | None = None
     sync_error: str = ""
+    last: LastKnown = field(default_factory=LastKnown)
+    """How the mirror stood while the source wrote; for a failover, when the source may be gone."""
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -71,6 +74,9 @@ class Known:
     def see_filter(self, status: FilterStatus) -> None:
         before = self.filter
         self.filter = status
+        if self.teed():
+            missed_ms = 0 if status.state is ProtectionState.MIRRORING else self.last.missed_since_unix_ms
+            self.last = LastKnown(status, missed_ms)
         self.filter_answered_s = self.context.clock.monotonic_s()
         if self.filter_silent_since_unix_ms:
             self.filter_silent_since_unix_ms = 0
@@ -87,6 +93,22 @@ class Known:
                 dirty_bytes=status.dirty_bytes,
             )
         self.changed()
+
+    def teed(self) -> bool:
+        """As far as we know, every write of the source comes to the filter now, or waits for it."""
+        status = self.filter
+        if status is None:
+            return False
+        silent_s = self.context.clock.monotonic_s() - self.filter_answered_s
+        if self.filter_silent_since_unix_ms and silent_s > self.context.settings.reconnect_delay_s:
+            return False  # QEMU lets the guest go on without it after that
+        return bool(status.disks) and all(disk.client_connected for disk in status.disks)
+
+    def source_lives_without_tee(self) -> None:
+        """The source has answered after its tee was known to be away: it may have writes by now that the
+        mirror lacks. Kept until the filter says MIRRORING with every tee connected."""
+        if not self.last.missed_since_unix_ms:
+            self.last = replace(self.last, missed_since_unix_ms=self.context.clock.now_unix_ms())
 
     def miss_filter(self, reason: str) -> None:
         """It did not answer; ``filter`` keeps what it last said."""

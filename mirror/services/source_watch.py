@@ -67,7 +67,11 @@ class SourceWatch:
 
     async def _look(self, vm: SourceVM) -> None:
         known, protection = self._known, self._known.record.protection
+        away = known.filter is not None and not known.teed()
         graph = await graph_of(self._context, vm, protection)
+        if away and not known.teed() and await runs(self._context, vm, protection):
+            # It answered after that was seen, so it was not its end that took the tee away.
+            known.source_lives_without_tee()
         if graph is Graph.HALF:
             # Paused by us in the middle of a switch. Whether it ran before is no longer known here (the
             # job is lost); a guest that stands still for ever is the greater harm.

@@ -171,6 +171,59 @@ async def test_source_that_ran_without_the_filter_makes_the_mirror_stale(world: 
         assert job.state is JobState.DONE, job
 
 
+async def test_mirror_lost_before_the_source_is_stale_and_refused_without_force(world: World) -> None:
+    async with world.appliance() as appliance:
+        await world.protected(appliance)
+        world.filter.mirror_lose()
+        await world.clock.until(
+            lambda: world.filter.state == "DEGRADED" and _last_state(appliance) == "DEGRADED",
+            "the loss of the mirror is known",
+        )
+        world.host.die(world.vm)
+        with pytest.raises(MirrorInconsistent, match="stale"):
+            await appliance.failover("web", source_is_dead=False, force=False)
+        assert await not_promoted(world, appliance)
+
+
+async def test_source_that_died_in_sync_is_promoted_whatever_became_of_the_filter(world: World) -> None:
+    async with world.appliance() as appliance:
+        await world.protected(appliance)
+        world.host.die(world.vm)
+        await world.filter.restart()
+        await world.clock.until(lambda: _now_state(appliance) == "DEGRADED", "the filter that came back")
+        job = await world.ended(appliance, await appliance.failover("web", source_is_dead=False, force=False))
+        assert job.state is JobState.DONE, job
+        assert job.result["forced"] is False
+
+
+async def test_source_that_went_on_without_a_dead_filter_makes_the_mirror_stale(world: World) -> None:
+    async with world.appliance() as appliance:
+        await world.protected(appliance)
+        await world.filter.kill()
+        await world.clock.until(lambda: _missed(appliance), "the source answers, and the filter does not")
+        world.host.die(world.vm)
+        with pytest.raises(MirrorInconsistent, match="gone on without the filter"):
+            await appliance.failover("web", source_is_dead=False, force=False)
+        assert await not_promoted(world, appliance)
+
+
+def _last_state(appliance: Appliance) -> str:
+    follower = appliance.registry.follower(appliance.registry.find("web").protection.uuid)
+    status = follower.known.last.status if follower else None
+    return str(status.state) if status else ""
+
+
+def _now_state(appliance: Appliance) -> str:
+    follower = appliance.registry.follower(appliance.registry.find("web").protection.uuid)
+    status = follower.known.filter if follower and not follower.known.filter_silent_since_unix_ms else None
+    return str(status.state) if status else ""
+
+
+def _missed(appliance: Appliance) -> bool:
+    follower = appliance.registry.follower(appliance.registry.find("web").protection.uuid)
+    return follower is not None and follower.known.last.missed_since_unix_ms > 0
+
+
 async def test_hung_filter_holds_up_nothing(world: World) -> None:
     async with world.appliance() as appliance:
         await world.protected(appliance)
