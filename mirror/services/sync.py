@@ -17,9 +17,11 @@ A failure anywhere leaves everything booked; it is tried again from the top.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mirror.domain.decisions import steady, steady_throughout
 from mirror.domain.errors import CommandFailed, Corrupt, HostError, TimedOut, VmirrorError
-from mirror.domain.model import FilterStatus, ProtectionState
+from mirror.domain.model import FilterStatus, ProtectionState, SourceView
 from mirror.ports.filter import FilterControl
 from mirror.ports.source_vm import SourceVM
 from mirror.services.events import Backoff, Recurring
@@ -130,6 +132,7 @@ class Sync:
         async with source.open_book(
             protection.disks, socket, with_bitmaps=True, timeout_s=settings.book_s
         ) as views:
+            self._tell_of_lost_books(now, views)
             await control.resync_copy(
                 views,
                 mirror_connection=mirror_connection,
@@ -139,6 +142,15 @@ class Sync:
             await source.close_book(protection.disks, timeout_s=settings.book_s)
             self._rotate_at_s = context.clock.monotonic_s() + settings.rotate_every_s
             await self._until_copied(control, source, mirror_connection)
+
+    def _tell_of_lost_books(self, status: FilterStatus, views: Sequence[SourceView]) -> None:
+        """A disk whose book is needed and not there (another program's snapshot has put a new node above
+        the one that has it, say) is copied as a whole: right, but long, so it is told why."""
+        needed = {disk.name for disk in status.disks if disk.needs_book}
+        lost = [view.disk_name for view in views if view.bitmap is None and view.disk_name in needed]
+        if lost and status.generation:  # before the first sync there is nothing that could be spared
+            text = f"QEMU's book of {', '.join(lost)} is not there any more: the whole disk is copied again"
+            self._context.events.add(self._known.vm, "sync", text, level="warning")
 
     async def _until_copied(self, control: FilterControl, source: SourceVM, mirror_connection: int) -> None:
         """Wait for the copy with its export open. Bounded by progress, not by time."""
