@@ -5,6 +5,7 @@ Every verb has ``--json`` (one document on stdout) and exit codes by the class o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -50,6 +51,10 @@ daemon_app = typer.Typer(help="The appliance itself.", no_args_is_help=True, ric
 app.add_typer(vm_app, name="vm")
 app.add_typer(job_app, name="job")
 app.add_typer(daemon_app, name="daemon")
+with contextlib.suppress(ImportError):  # the lab is for trying things out; a package may leave it out
+    from vmirror_lab.lab import lab_app
+
+    app.add_typer(lab_app, name="lab")
 
 _Vm = Annotated[str, typer.Argument(metavar="VM", help="Its name, or the path of its monitor socket.")]
 _Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
