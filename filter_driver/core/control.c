@@ -25,6 +25,7 @@
 #define HALF_LINE_TIMEOUT_MS 10000
 #define DISCARD_TIMEOUT_MS 1000
 #define DISCARD_READS_MAX 64
+#define SLOT_GRACE_MS 200
 #define OPERATION_TIMEOUT_MS 60000
 
 /* -- one line -- */
@@ -254,6 +255,7 @@ struct control {
   int stop_fd; /* eventfd, readable for ever once it stops */
   pthread_t thread;
   pthread_mutex_t mu;
+  pthread_cond_t client_ended;
   struct control_client clients[CONTROL_CLIENTS_MAX];
 };
 
@@ -437,27 +439,29 @@ client_main (void *opaque)
   close (c->fd);
   LOCK_FOR_CURRENT_SCOPE (&c->control->mu);
   c->ended = true;
+  pthread_cond_signal (&c->control->client_ended);
   return NULL;
 }
 
-/* A slot whose thread has ended is joined and used again. */
+/* A slot whose thread has ended is joined and used again.  A client that has just closed may not have been
+   noticed yet by its thread: a moment's grace, so that its place counts as free. */
 static struct control_client *
 free_slot (struct control *control)
 {
-  for (unsigned i = 0; i < CONTROL_CLIENTS_MAX; i++) {
-    struct control_client *c = &control->clients[i];
-    bool ended;
-    {
-      LOCK_FOR_CURRENT_SCOPE (&control->mu);
-      ended = c->ended;
+  struct timespec until = deadline_timespec (in_ms (SLOT_GRACE_MS));
+
+  LOCK_FOR_CURRENT_SCOPE (&control->mu);
+  do
+    for (unsigned i = 0; i < CONTROL_CLIENTS_MAX; i++) {
+      struct control_client *c = &control->clients[i];
+      if (c->used && c->ended) {
+        pthread_join (c->thread, NULL); /* it needs nothing but this lock, and has given it back */
+        c->used = false;
+      }
+      if (!c->used)
+        return c;
     }
-    if (c->used && ended) {
-      pthread_join (c->thread, NULL);
-      c->used = false;
-    }
-    if (!c->used)
-      return c;
-  }
+  while (pthread_cond_clockwait (&control->client_ended, &control->mu, CLOCK_MONOTONIC, &until) == 0);
   return NULL;
 }
 
@@ -540,6 +544,7 @@ control_start (struct filter *f, const char *socket_path)
   control->f = f;
   text_copy (control->path, sizeof control->path, socket_path);
   pthread_mutex_init (&control->mu, NULL);
+  pthread_cond_init (&control->client_ended, NULL);
   control->stop_fd = eventfd (0, EFD_CLOEXEC | EFD_NONBLOCK);
   control->listen_fd = listen_on (socket_path);
   int err = errno;
@@ -573,6 +578,7 @@ control_stop (struct control *control)
   unlink (control->path);
   close (control->listen_fd);
   close (control->stop_fd);
+  pthread_cond_destroy (&control->client_ended);
   pthread_mutex_destroy (&control->mu);
   free (control);
 }

@@ -43,7 +43,13 @@ def build_filter() -> None:
     with (BUILD.parent / "filter_driver.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (BUILD / "build.ninja").exists():
-            setup = ["meson", "setup", str(BUILD), str(REPOSITORY / "filter_driver"), f"-Dpython={sys.executable}"]
+            setup = [
+                "meson",
+                "setup",
+                str(BUILD),
+                str(REPOSITORY / "filter_driver"),
+                f"-Dpython={sys.executable}",
+            ]
             subprocess.run(setup, check=True, capture_output=True, timeout=120)
         subprocess.run(["ninja", "-C", str(BUILD)], check=True, capture_output=True, timeout=300)
 
@@ -67,6 +73,14 @@ def socket_answers(path: Path) -> bool:
         return True
 
 
+def process_exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 class NbdError(Exception):
     def __init__(self, code: int) -> None:
         super().__init__(os.strerror(code))
@@ -74,7 +88,7 @@ class NbdError(Exception):
 
 
 class NbdClient:
-    """One connection to an export: NBD_OPT_GO, simple replies (github.com/NetworkBlockDevice/nbd, proto.md)."""
+    """One connection to an export: NBD_OPT_GO, simple replies (doc/proto.md of NetworkBlockDevice/nbd)."""
 
     READ, WRITE, DISCONNECT, FLUSH, ZERO = 0, 1, 2, 3, 6
     FUA, NO_HOLE = 1, 2
@@ -190,8 +204,9 @@ class GuestDisk:
         try:
             request()
         except NbdError as err:
-            assert err.code == ENOSPC, err
-            return time.monotonic() - begin
+            if err.code == ENOSPC:
+                return time.monotonic() - begin
+            raise
         raise AssertionError("the filter did not abstain")
 
     def close(self) -> None:
@@ -269,7 +284,10 @@ class Qmp:
         return message
 
     def run(self, command: str, **arguments: Any) -> Any:
-        message = {"execute": command, "arguments": {key.replace("_", "-"): v for key, v in arguments.items()}}
+        message = {
+            "execute": command,
+            "arguments": {key.replace("_", "-"): v for key, v in arguments.items()},
+        }
         self._socket.sendall(json.dumps(message).encode())
         while True:
             answer = self._receive()
@@ -301,6 +319,7 @@ class FilterBench:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._supervisor: subprocess.Popen[bytes] | None = None
         self._mirror: subprocess.Popen[bytes] | None = None
+        self._source: subprocess.Popen[bytes] | None = None
         self._guests: list[NbdClient] = []
         for name in ("state", "mirror", "source"):
             (self.folder / name).mkdir()
@@ -396,7 +415,9 @@ class FilterBench:
 
     def promote(self) -> None:
         now = self.superblock()
-        block = replace(now, sequence=now.sequence + 1, generation=now.generation + 1, promoted=True, writer="failover")
+        block = replace(
+            now, sequence=now.sequence + 1, generation=now.generation + 1, promoted=True, writer="failover"
+        )
         offset, raw = encode_slot(block)
         with self.superblock_path.open("r+b") as file:
             file.seek(offset)
@@ -438,13 +459,14 @@ class FilterBench:
         return status
 
     def kill_filter(self) -> None:
-        """SIGKILL for the supervisor, then for what it supervised: nobody starts it again."""
+        """SIGKILL for the filter and its supervisor: nobody starts it again."""
         assert self._supervisor is not None
-        pid = self.filter_pid()
+        pid = self.watched_pid
+        self._supervisor.send_signal(signal.SIGSTOP)
+        os.kill(pid, signal.SIGKILL)
         self.end(self._supervisor)
         self._supervisor = None
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not process_exists(pid), "the filter is gone")
 
     def start_mirror(self, *filters: str, server: str = "qemu") -> None:
         """``filters``: arguments of nbdkit (``--filter=delay``, ``wdelay=5``) for ``server="nbdkit"``."""
@@ -480,8 +502,18 @@ class FilterBench:
 
     def start_source(self) -> None:
         """The source's images, read-only, by name."""
-        self.spawn("nbdkit", "-f", "-r", "-U", self.source_socket, "file", f"dir={self.folder / 'source'}")
+        self.source_socket.unlink(missing_ok=True)
+        self._source = self.spawn(
+            "nbdkit", "-f", "-r", "-U", self.source_socket, "file", f"dir={self.folder / 'source'}"
+        )
         wait_until(lambda: socket_answers(self.source_socket), "the source listens")
+
+    def kill_source(self) -> None:
+        assert self._source is not None
+        self.end(self._source)
+
+    def wait_for_socket(self, path: Path) -> None:
+        wait_until(lambda: socket_answers(path), f"{path.name} answers")
 
     # -- the filter from outside --
 
@@ -544,6 +576,17 @@ class FilterBench:
             )
             assert done.returncode == 0, (disk, done.stdout)
 
+    def forget_supervisor(self) -> None:
+        """It was killed by the test."""
+        assert self._supervisor is not None
+        self._supervisor.wait(WAIT_S)
+        self._supervisor = None
+
+    @property
+    def watched_pid(self) -> int:
+        """The filter's pid as the supervisor's log has it: without a control client of its own."""
+        return int(self.log.rsplit("started pid ", 1)[1].split()[0])
+
     def filter_pid(self) -> int:
         return int(self.status()["pid"])
 
@@ -563,9 +606,80 @@ class FilterBench:
         self.close()
 
 
+class QuorumSource:
+    """A storage daemon in the place of the VM's QEMU: a qcow2, the abstaining tee above it, and the book."""
+
+    def __init__(self, bench: FilterBench) -> None:
+        self._bench = bench
+        self._rounds = 0
+        self._socket = bench.folder / "guest.sock"
+        self.image = bench.folder / "vm.qcow2"
+        create = ["qemu-img", "create", "-q", "-f", "qcow2", str(self.image), str(bench.sizes["disk0"])]
+        subprocess.run(create, check=True, timeout=20)
+        qmp_path = bench.folder / "qmp"
+        bench.spawn(
+            "qemu-storage-daemon",
+            *("--chardev", f"socket,id=q,path={qmp_path},server=on,wait=off", "--monitor", "chardev=q"),
+            *("--blockdev", f"driver=file,node-name=file0,filename={self.image}"),
+            *("--blockdev", "driver=qcow2,node-name=source0,file=file0"),
+            *("--nbd-server", f"addr.type=unix,addr.path={self._socket},max-connections=16"),
+        )
+        bench.wait_for_socket(self._socket)
+        wait_until(qmp_path.exists, "the monitor is there")
+        self._qmp = Qmp(qmp_path)
+        run = self._qmp.run
+        server = {"type": "unix", "path": str(bench.filter_socket)}
+        run("blockdev-add", driver="nbd", node_name="tee0", server=server, export="disk0", reconnect_delay=0)
+        run("block-dirty-bitmap-add", node="source0", name="book", granularity=GRANULE)
+        children = ["source0", "tee0"]
+        quorum = {"driver": "quorum", "vote_threshold": 1, "read_pattern": "fifo", "children": children}
+        run("blockdev-add", node_name="q0", **quorum)
+        run("block-export-add", type="nbd", id="guest", node_name="q0", name="guest", writable=True)
+        self.guest = NbdClient(self._socket, "guest")
+
+    def resync(self) -> int:
+        """The control plane's part: begin, one transaction that drains and takes the book, copy.
+
+        Returns how many bytes were sent.
+        """
+        self._rounds += 1
+        copy, export = f"copy{self._rounds}", f"source{self._rounds}"
+        self._bench.wait_status(lambda status: bool(status["needs_resync"]), "needs a resync")
+        with self._bench.control() as control:
+            before = control.ok("status")["counters"]["resync_sent_bytes"]
+            number = control.ok("resync-begin")["mirror_connection"]
+            add = {"node": "source0", "name": copy, "granularity": GRANULE, "disabled": True}
+            merge = {"node": "source0", "target": copy, "bitmaps": ["book"]}
+            actions = [
+                {"type": "block-dirty-bitmap-add", "data": add},
+                {"type": "block-dirty-bitmap-merge", "data": merge},
+                {"type": "block-dirty-bitmap-clear", "data": {"node": "source0", "name": "book"}},
+            ]
+            self._qmp.run("transaction", actions=actions)
+            exported = {"type": "nbd", "node_name": "source0", "bitmaps": [copy]}
+            self._qmp.run("block-export-add", id=export, name=export, **exported)
+            disk = self._bench.sources(socket_path=self._socket, bitmap=copy)[0] | {"source_export": export}
+            control.ok("resync-copy", mirror_connection=number, disks=[disk])
+        after = self._bench.wait_state("MIRRORING")["counters"]["resync_sent_bytes"]
+        return int(after) - int(before)
+
+    def assert_identical(self) -> None:
+        mirror = str(self._bench.mirror_image("disk0"))
+        command = ["qemu-img", "compare", "-U", "-f", "qcow2", "-F", "raw", str(self.image), mirror]
+        done = subprocess.run(command, capture_output=True, check=False, timeout=60, text=True)
+        assert done.returncode == 0, (done.stdout, done.stderr)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.guest.close()
+        self._qmp.close()
+
+
 @contextlib.contextmanager
 def synced_bench(**options: Any) -> Iterator[FilterBench]:
-    """A bench in MIRRORING on a storage daemon (or its own files), with a source that reads as random data."""
+    """A bench in MIRRORING on a storage daemon (or its own files), its source full of random data."""
     with FilterBench(**options) as bench:
         for disk, size in bench.sizes.items():
             bench.source_image(disk).write_bytes(os.urandom(size))

@@ -87,4 +87,3 @@ class TestRealFilter(FilterControlConformance):
             yield real
         finally:
             await real.close()
-

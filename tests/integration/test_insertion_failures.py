@@ -356,9 +356,9 @@ async def test_a_rehearsal_that_fails_says_what_qemu_said_and_does_not_touch_the
 
 
 async def test_a_rehearsal_is_done_once_per_binary_and_shape(
-    vm: BareVm, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with opened(vm) as (source, disks):
+    async with BareVm(tmp_path) as vm, opened(vm) as (source, disks):
         await source.rehearse(disks, timeout_s=WAIT_S)
         assert len(list((vm.folder / "cache").iterdir())) == 1
         monkeypatch.setattr("mirror.adapters.qemu.rehearsal._ThrowAwayVm", None)

