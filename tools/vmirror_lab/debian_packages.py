@@ -52,7 +52,7 @@ def _run(*argv: str, cwd: Path | None = None) -> str:
     return done.stdout
 
 
-def _source_lines(targets: str, suite: str, *, backports: bool) -> list[str]:
+def source_lines(targets: str, suite: str, *, backports: bool) -> list[str]:
     """One-line sources for Debian's own suites among apt's index targets.
 
     Others may call their suite ``bookworm`` as well; Debian's are known by their origin, or, where
@@ -93,7 +93,7 @@ class PrivateApt:
         for name in ("lists/partial", "archives/partial", "debs", "empty"):
             (folder / name).mkdir(parents=True)
         targets = _run("apt-get", "indextargets", "--format", _FORMAT, "Created-By: Packages")
-        sources = _source_lines(targets, codename(), backports=backports)
+        sources = source_lines(targets, codename(), backports=backports)
         (folder / "sources.list").write_text("".join(f"{line}\n" for line in sources))
         # no package counts as installed: what is asked for is always fetched
         (folder / "status").touch()
