@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from mirror.adapters.qemu.qmp import QmpLink
+from mirror.domain.errors import HostError
 from mirror.domain.model import DeviceKind
 from vmirror_lab.qemu_builds import QemuBuild, installed
 
@@ -89,11 +90,20 @@ class BareVm:
                     assert self.process is not None
                     assert self.process.poll() is None, "QEMU did not start"
                     await asyncio.sleep(0.01)
-            self._link = await QmpLink.connect(self._own_qmp, who="test", timeout_s=WAIT_S)
+            self._link = await self._connect()
         except BaseException:
             self.kill()
             raise
         return self
+
+    async def _connect(self) -> QmpLink:
+        """A socket exists a moment before anybody listens on it; the own one is the last to be made."""
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                try:
+                    return await QmpLink.connect(self._own_qmp, who="test", timeout_s=WAIT_S)
+                except HostError:
+                    await asyncio.sleep(0.01)
 
     def _launch(self) -> None:
         for index, disk in enumerate(self.disks):

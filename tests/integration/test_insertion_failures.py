@@ -148,7 +148,7 @@ async def test_a_disk_that_was_resized_since_it_was_planned_is_refused(
             await insert(source, changed, standin.socket)
 
 
-@pytest.mark.parametrize("step", range(1, 15))
+@pytest.mark.parametrize("step", range(1, 22))
 async def test_a_refused_command_at_any_step_of_the_switch_is_undone(
     vm: BareVm, standin: StandinFilter, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:

@@ -15,9 +15,10 @@ The order of the commands is the point of this file; a wrong one can abort QEMU 
   the same size in between; therefore the VM stands still meanwhile (``stop`` ... ``cont``), once
   for all disks. Everything that can be prepared is prepared before ``stop``.
 - A device that lets go of its node may close it (nodes of ``-drive`` disks belong to nobody else).
-  A second, read-only parent, the *hold* (a ``raw`` node), keeps it open: QEMU never reopens the
-  image, a ``-drive`` disk gets the very node back that it had, and the graph itself tells a
-  recovery where the source is.
+  A second, read-only parent for that while, the *hold* (a ``raw`` node), keeps it open: QEMU never
+  reopens the image, a ``-drive`` disk gets the very node back that it had, and the graph itself
+  tells a recovery where the source is. It is made and taken away while the VM stands: QEMU 7.2
+  aborts when a node in an iothread gets or loses a parent while requests are in flight.
 - A virtio-scsi device with an iothread keeps its node in that iothread also while the VM stands;
   others move to the main loop by themselves. There the nodes have to be moved by hand. (For the
   same reason a tee is never exchanged with ``x-blockdev-change`` in place: QEMU 7.2 aborts.)
@@ -45,6 +46,7 @@ import structlog
 from mirror.adapters.qemu import graph as names
 from mirror.adapters.qemu.deadline import Deadline
 from mirror.adapters.qemu.graph import BlockGraph, look
+from mirror.adapters.qemu.iothreads import calm, iothreads_of, prompt
 from mirror.adapters.qemu.nbd_probe import probe_export
 from mirror.adapters.qemu.qmp import QmpLink, Watch
 from mirror.domain.errors import (
@@ -115,8 +117,9 @@ class _Slot:
 class Insertion:
     """All changes of one VM's block graph; the caller makes sure that only one runs at a time."""
 
-    def __init__(self, link: QmpLink, *, open_timeout: bool = True) -> None:
+    def __init__(self, link: QmpLink, *, pid: int, open_timeout: bool = True) -> None:
         self._link = link
+        self._pid = pid
         self._open_timeout = open_timeout
 
     # -- the three switches ---------------------------------------------------------------------
@@ -139,10 +142,10 @@ class Insertion:
 
         await journal("insert:prepare")
         try:
-            await self._sweep_nodes(graph, disks, deadline, kinds=("filter", "tee", "park", "hold"))
+            await self._sweep_nodes(graph, disks, deadline, kinds=("filter", "tee", "park"))
             for slot in slots:
                 await self._add_tee(slot, filter_socket, reconnect_delay_s, deadline)
-                await self._add_park_and_hold(slot, deadline)
+                await self._add_park(slot, deadline)
             for slot in slots:
                 await _presync(slot.disk.image_path)
         except (VmirrorError, asyncio.CancelledError):
@@ -152,13 +155,15 @@ class Insertion:
         async def steps() -> None:
             await self._start_books(slots, graph, deadline)
             for slot in slots:
+                await self._add_hold(graph, slot, deadline)
                 await self._park(slot, deadline)
                 await self._put_filter(slot, deadline)
+                await self._drop_hold(slot, deadline)
 
         await journal("insert:stop")
         stun = await self._switch(disks, steps, was_running=was_running, deadline=deadline)
         await journal("insert:tidy")
-        await self._sweep_kinds(disks, ("park", "hold"), deadline)
+        await self._sweep_kinds(disks, ("park",), deadline)
         return stun
 
     async def remove(self, disks: Sequence[ProtectedDisk], *, journal: StepJournal, timeout_s: float) -> Stun:
@@ -178,12 +183,14 @@ class Insertion:
                 await self._take_out(graph, slot, deadline)
 
         stun = Stun(0.0)
+        for slot in slots:
+            await _presync(slot.disk.image_path)
         await journal("remove:stop")
         if any(graph.placement(slot.disk.qom_path) is not FilterPlacement.OUT for slot in slots):
             stun = await self._switch(disks, steps, was_running=was_running, deadline=deadline)
         await journal("remove:tidy")
         await self._drop_books(deadline)
-        await self._sweep_kinds(disks, ("tee", "park", "hold"), deadline)
+        await self._sweep_kinds(disks, ("tee", "park"), deadline)
         return stun
 
     async def renew_tee(
@@ -215,12 +222,14 @@ class Insertion:
 
         async def steps() -> None:
             for slot in slots:
+                await self._add_hold(graph, slot, deadline)
                 await self._park(slot, deadline)
                 await self._drop_filter(slot, deadline)
                 await self._put_filter(slot, deadline)
+                await self._drop_hold(slot, deadline)
 
         stun = await self._switch(disks, steps, was_running=was_running, deadline=deadline)
-        await self._sweep_kinds(disks, ("tee", "park", "hold"), deadline)
+        await self._sweep_kinds(disks, ("tee", "park"), deadline)
         return stun
 
     async def yank_tees(self, disks: Sequence[ProtectedDisk]) -> tuple[str, ...]:
@@ -278,10 +287,12 @@ class Insertion:
         everything else goes back, which needs nobody's help, least of all the filter's.
         """
         deadline = Deadline(timeout_s, what=f"{self._link.who}: recovery")
+        calm(await iothreads_of(self._link, self._pid, timeout_s=deadline.left_s()))
         graph = await look(self._link, timeout_s=deadline.left_s())
         if all(graph.placement(disk.qom_path) is FilterPlacement.IN for disk in disks):
+            await self._sweep_holds(disks, deadline)
             await self._resume(was_running, deadline)
-            await self._sweep_kinds(disks, ("park", "hold"), deadline)
+            await self._sweep_kinds(disks, ("park",), deadline)
             return FilterPlacement.IN
         await self.settle(disks, was_running=was_running, deadline=deadline)
         await self._drop_books(deadline)
@@ -293,6 +304,14 @@ class Insertion:
         The VM runs afterwards when ``was_running``, or when it was found running. Idempotent: what
         fails here can be tried again.
         """
+        threads = await iothreads_of(self._link, self._pid, timeout_s=deadline.left_s())
+        with prompt(threads):
+            await self._bring_back(disks, was_running=was_running, deadline=deadline)
+        await self._sweep_kinds(disks, ("filter", "tee", "park"), deadline)
+
+    async def _bring_back(
+        self, disks: Sequence[ProtectedDisk], *, was_running: bool, deadline: Deadline
+    ) -> None:
         graph = await look(self._link, timeout_s=deadline.left_s())
         astray = [disk for disk in disks if graph.placement(disk.qom_path) is not FilterPlacement.OUT]
         if astray:
@@ -314,8 +333,8 @@ class Insertion:
             await self._prepare_way_back(graph, slots, deadline)
             graph = await look(self._link, timeout_s=deadline.left_s())
             await self._take_all_out(graph, slots, was_running=was_running, deadline=deadline)
+        await self._sweep_holds(disks, deadline)
         await self._resume(was_running, deadline)
-        await self._sweep_kinds(disks, ("filter", "tee", "park", "hold"), deadline)
 
     async def _take_all_out(
         self, graph: BlockGraph, slots: Sequence[_Slot], *, was_running: bool, deadline: Deadline
@@ -351,9 +370,11 @@ class Insertion:
 
         Not interrupted by a cancellation of the caller, who gets it when the VM runs again.
         """
-        return await self._finish(
-            self._switch_undisturbed(disks, steps, was_running=was_running, deadline=deadline)
-        )
+        threads = await iothreads_of(self._link, self._pid, timeout_s=deadline.left_s())
+        with prompt(threads):
+            return await self._finish(
+                self._switch_undisturbed(disks, steps, was_running=was_running, deadline=deadline)
+            )
 
     async def _switch_undisturbed(
         self,
@@ -450,6 +471,7 @@ class Insertion:
         if placement is FilterPlacement.OUT:
             return
         if placement is FilterPlacement.IN:
+            await self._add_hold(graph, slot, deadline)
             await self._park(slot, deadline)
         if slot.filter in graph.nodes:
             try:
@@ -461,6 +483,8 @@ class Insertion:
         if slot.moved_iothread:
             await self._move(slot.top, slot.moved_iothread, deadline)
         await self._plug(slot.disk, slot.top, deadline)
+        if slot.hold in graph.nodes or placement is FilterPlacement.IN:
+            await self._drop_hold(slot, deadline)
 
     async def _plug(self, disk: ProtectedDisk, node: str, deadline: Deadline) -> None:
         """Make ``node`` what the (realized) device has open; QEMU 6.1 and later."""
@@ -511,7 +535,7 @@ class Insertion:
             options["open-timeout"] = OPEN_TIMEOUT_S
         await self._do("blockdev-add", options, deadline=deadline)
 
-    async def _add_park_and_hold(self, slot: _Slot, deadline: Deadline) -> None:
+    async def _add_park(self, slot: _Slot, deadline: Deadline) -> None:
         await self._do(
             "blockdev-add",
             {
@@ -522,18 +546,31 @@ class Insertion:
             },
             deadline=deadline,
         )
+
+    async def _add_hold(self, graph: BlockGraph, slot: _Slot, deadline: Deadline) -> None:
+        """Only while the VM stands: QEMU 7.2 aborts when a node gets a parent with requests in flight
+        in an iothread (it waits for them holding the wrong lock)."""
+        left = graph.children.get(slot.hold, {}).get("file")
+        if left == slot.top:
+            return
+        if left is not None:
+            await self._drop_hold(slot, deadline)
         await self._do(
             "blockdev-add",
             {"driver": "raw", "node-name": slot.hold, "read-only": True, "file": slot.top},
             deadline=deadline,
         )
 
+    async def _drop_hold(self, slot: _Slot, deadline: Deadline) -> None:
+        """Only while the VM stands, as :meth:`_add_hold`."""
+        await self._do("blockdev-del", {"node-name": slot.hold}, deadline=deadline)
+
     async def _prepare_way_back(self, graph: BlockGraph, slots: Sequence[_Slot], deadline: Deadline) -> None:
-        """A placeholder and a hold for each disk; what an earlier try left is used or made anew."""
+        """A placeholder for each disk that has the filter; what an earlier try left is made anew."""
         for slot in slots:
             if graph.placement(slot.disk.qom_path) is FilterPlacement.IN:
-                await self._sweep_nodes(graph, [slot.disk], deadline, kinds=("park", "hold"))
-                await self._add_park_and_hold(slot, deadline)
+                await self._sweep_nodes(graph, [slot.disk], deadline, kinds=("park",))
+                await self._add_park(slot, deadline)
 
     async def _start_books(self, slots: Sequence[_Slot], graph: BlockGraph, deadline: Deadline) -> None:
         """QEMU's dirty bitmap on every source node, from before the first write that a tee could miss."""
@@ -565,7 +602,14 @@ class Insertion:
         """Clear what a failed preparation left; its error is the one that counts."""
         deadline = Deadline(SETTLE_TIMEOUT_S, what=f"{self._link.who}: clearing up")
         with suppress(HostError):
-            await self._sweep_kinds(disks, ("filter", "tee", "park", "hold"), deadline)
+            await self._sweep_kinds(disks, ("filter", "tee", "park"), deadline)
+
+    async def _sweep_holds(self, disks: Sequence[ProtectedDisk], deadline: Deadline) -> None:
+        """Holds of a crash. One on a disk of an iothread stays while the VM runs (see :meth:`_add_hold`):
+        somebody has resumed it before us. It does no harm, and the next switch uses it."""
+        running = await self.is_running(deadline)
+        still = [disk for disk in disks if not (running and disk.iothread)]
+        await self._sweep_kinds(still, ("hold",), deadline)
 
     async def _sweep_kinds(
         self, disks: Sequence[ProtectedDisk], kinds: Sequence[str], deadline: Deadline

@@ -21,9 +21,6 @@ from typing import Self
 from mirror.adapters.qemu import nbd_probe as nbd
 from mirror.domain.errors import HostError
 
-REQUEST_MAGIC = 0x25609513
-SIMPLE_REPLY_MAGIC = 0x67446698
-CMD_READ, CMD_WRITE, CMD_DISC, CMD_FLUSH, CMD_WRITE_ZEROES = 0, 1, 2, 3, 6
 REP_ERR_UNSUPPORTED = nbd.REP_ERROR | 1
 REP_ERR_UNKNOWN = nbd.REP_ERROR | 6
 OPTION_MAX_BYTES = 8 * 1024
@@ -111,25 +108,25 @@ class ScratchFilter:
             magic, _flags, command, cookie, offset, length = struct.unpack(
                 ">IHHQQI", await reader.readexactly(28)
             )
-            if magic != REQUEST_MAGIC or command == CMD_DISC:
+            if magic != nbd.REQUEST_MAGIC or command == nbd.CMD_DISC:
                 return
             answer = errno.EINVAL
-            if command == CMD_WRITE:
+            if command == nbd.CMD_WRITE:
                 if length > WRITE_MAX_BYTES:
                     return
                 data = await reader.readexactly(length)
                 if offset + length <= len(image):
                     image[offset : offset + length] = data
                     answer = errno.ENOSPC
-            elif command == CMD_WRITE_ZEROES and offset + length <= len(image):
+            elif command == nbd.CMD_WRITE_ZEROES and offset + length <= len(image):
                 image[offset : offset + length] = bytes(length)
                 answer = errno.ENOSPC
-            elif command == CMD_FLUSH:
+            elif command == nbd.CMD_FLUSH:
                 self.flushes[export] += 1
                 answer = errno.ENOSPC
-            elif command == CMD_READ:
+            elif command == nbd.CMD_READ:
                 answer = errno.EIO
-            writer.write(struct.pack(">IIQ", SIMPLE_REPLY_MAGIC, answer, cookie))
+            writer.write(struct.pack(">IIQ", nbd.SIMPLE_REPLY_MAGIC, answer, cookie))
             await writer.drain()
 
 

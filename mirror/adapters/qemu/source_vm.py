@@ -66,7 +66,7 @@ class Session:
         self.link = link
         self.process = process
         self.socket = socket
-        self.insertion = Insertion(link, open_timeout=qemu_version >= OPEN_TIMEOUT_SINCE)
+        self.insertion = Insertion(link, pid=process.pid, open_timeout=qemu_version >= OPEN_TIMEOUT_SINCE)
         self.book = Book(link)
         self.graph_lock = asyncio.Lock()
         """Held by whoever changes the block graph, bitmaps or exports, and by whoever looks, so that
