@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from mirror.adapters.qemu import insertion, source_vm
+from mirror.adapters.qemu import graph_steps, insertion, source_vm
 from mirror.adapters.qemu.discovery import QemuHost
 from mirror.adapters.qemu.process import is_alive
 from mirror.adapters.qemu.qmp import QmpLink
@@ -107,7 +107,7 @@ async def test_a_filter_socket_that_refuses_leaves_the_vm_untouched(vm: BareVm) 
 async def test_a_filter_that_accepts_and_says_nothing_never_reaches_qemu(
     vm: BareVm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(insertion, "PROBE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(graph_steps, "PROBE_TIMEOUT_S", 0.2)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(vm.folder / "mute.sock"))
         listener.listen()

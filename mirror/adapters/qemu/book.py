@@ -31,7 +31,7 @@ from typing import Any
 from mirror.adapters.qemu import graph as names
 from mirror.adapters.qemu.deadline import Deadline
 from mirror.adapters.qemu.graph import BlockGraph, look
-from mirror.adapters.qemu.insertion import BOOK_GRANULARITY_BYTES
+from mirror.adapters.qemu.graph_steps import BOOK_GRANULARITY_BYTES
 from mirror.adapters.qemu.qmp import QmpLink
 from mirror.domain.errors import CommandFailed, Corrupt, HostError, Refused
 from mirror.domain.model import ProtectedDisk, SourceView
