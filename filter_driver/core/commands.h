@@ -1,5 +1,5 @@
-/* The state-changing commands of the control protocol beside the resync (resync.h).  Callers hold
- * filter.operation. */
+/* The state-changing commands of the control protocol beside the resync (resync.h).  Callers have
+ * begun an operation (filter_begin_operation). */
 #pragma once
 
 #include "resync.h"

@@ -185,13 +185,12 @@ run_command (struct filter *f, enum command command, struct json_fields *fields,
   if (command == COMMAND_STATUS || command == COMMAND_SUBSCRIBE)
     return json_take_done (fields) == 0 ? status_json (f) : refuse_fields (fields, refusal);
 
-  struct timespec until = deadline_timespec (in_ms (OPERATION_TIMEOUT_MS));
-  if (pthread_mutex_clocklock (&f->operation, CLOCK_MONOTONIC, &until) != 0) {
+  if (filter_begin_operation (f, in_ms (OPERATION_TIMEOUT_MS)) == -1) {
     refuse (refusal, REFUSED_INTERNAL, "another command does not come to an end");
     return NULL;
   }
   json_t *ok = operate (f, command, fields, refusal);
-  pthread_mutex_unlock (&f->operation);
+  filter_end_operation (f);
   return ok;
 }
 

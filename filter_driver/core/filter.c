@@ -92,6 +92,29 @@ filter_fence_off (struct filter *f, const char *why)
   filter_store_state (f);
 }
 
+int
+filter_begin_operation (struct filter *f, int64_t deadline_us)
+{
+  struct timespec until = deadline_timespec (deadline_us);
+
+  LOCK_FOR_CURRENT_SCOPE (&f->mu);
+  while (f->operating)
+    if (pthread_cond_clockwait (&f->changed, &f->mu, CLOCK_MONOTONIC, &until) == ETIMEDOUT && f->operating) {
+      errno = ETIMEDOUT;
+      return -1;
+    }
+  f->operating = true;
+  return 0;
+}
+
+void
+filter_end_operation (struct filter *f)
+{
+  LOCK_FOR_CURRENT_SCOPE (&f->mu);
+  f->operating = false;
+  pthread_cond_broadcast (&f->changed);
+}
+
 /* -- start and end -- */
 
 static int
@@ -198,7 +221,6 @@ filter_new (const struct config *config, struct mirror_dev *mirror, struct sourc
   f->started_us = now_us ();
   f->disk_count = config->disk_count;
   f->copiers = COPIERS;
-  pthread_mutex_init (&f->operation, NULL);
   pthread_mutex_init (&f->state_io, NULL);
   pthread_mutex_init (&f->mu, NULL);
   pthread_mutex_init (&f->watchers_mu, NULL);

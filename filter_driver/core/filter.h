@@ -8,7 +8,7 @@
  *
  * Locks, in the order in which they are taken; none is held over I/O but the first two, which no guest
  * request and no `status` ever takes:
- *   operation   one state-changing command at a time
+ *   operation   one state-changing command at a time (a flag, so that waiting for it is bounded)
  *   state_io    order of rewrites of filter.state
  *   mu          everything marked [mu]
  *   disk.clients_mu, book.mu, range_lock.mu   leaves
@@ -94,7 +94,6 @@ struct filter {
   struct counters counters;
   struct histogram write_latency, flush_latency;
 
-  pthread_mutex_t operation;
   pthread_mutex_t state_io;
 
   pthread_mutex_t mu;
@@ -109,6 +108,7 @@ struct filter {
   uint64_t superblock_sequence;    /* [mu] as last seen or written */
   bool quiescing;                  /* atomic: somebody waits for a link's users */
   unsigned live_links;             /* [mu] sessions that are not closed yet */
+  bool operating;                  /* [mu] a state-changing command is under way */
   bool stopping;                   /* [mu] */
   struct copy_job *copy;           /* [mu] the running one */
   uint64_t copy_total_bytes;       /* [mu] */
@@ -132,6 +132,10 @@ int filter_start_threads (struct filter *f);
 void filter_stop (struct filter *f);
 /* After filter_stop, and when no request and no control client is left. */
 void filter_free (struct filter *f);
+
+/* One state-changing command at a time; -1 with ETIMEDOUT. */
+int filter_begin_operation (struct filter *f, int64_t deadline_us);
+void filter_end_operation (struct filter *f);
 
 #define COUNT(f, name, n) __atomic_fetch_add (&(f)->counters.name, (uint64_t) (n), __ATOMIC_RELAXED)
 

@@ -70,7 +70,6 @@ resync (void)
   struct refusal refusal;
   uint64_t connection, merged;
 
-  LOCK_FOR_CURRENT_SCOPE (&f->operation);
   if (resync_begin (f, &connection, &refusal) == -1)
     return false;
   pthread_rwlock_wrlock (&drain);
@@ -106,6 +105,21 @@ write_once (void *client)
   return NULL;
 }
 
+static void
+trouble (unsigned per_mille)
+{
+  LOCK_FOR_CURRENT_SCOPE (&mirror.mu);
+  mirror.trouble_per_mille = per_mille;
+}
+
+static void
+hang (bool yes)
+{
+  LOCK_FOR_CURRENT_SCOPE (&mirror.mu);
+  mirror.hang = yes;
+  pthread_cond_broadcast (&mirror.abandoned);
+}
+
 /* The first request that reaches its deadline frees all the others, which came later. */
 static void
 hung_mirror_frees_all_waiters_at_once (void)
@@ -113,7 +127,7 @@ hung_mirror_frees_all_waiters_at_once (void)
   pthread_t threads[8];
   int64_t begin = now_us ();
 
-  mirror.hang = true;
+  hang (true);
   for (unsigned i = 0; i < 8; i++)
     CHECK (pthread_create (&threads[i], NULL, write_once, &clients[i % FAKE_DISKS]) == 0);
   for (unsigned i = 0; i < 8; i++)
@@ -122,8 +136,7 @@ hung_mirror_frees_all_waiters_at_once (void)
   begin = now_us ();
   write_once (&clients[0]);
   CHECK (now_us () - begin < 200000); /* DEGRADED: only marked */
-  mirror.hang = false;
-  pthread_cond_broadcast (&mirror.abandoned);
+  hang (false);
 }
 
 int
@@ -152,7 +165,7 @@ main (void)
   for (unsigned d = 0; d < FAKE_DISKS; d++)
     CHECK (client_open (&clients[d], &f->disks[d]) == 0);
 
-  mirror.trouble_per_mille = 1;
+  trouble (1);
   for (uintptr_t i = 0; i < GUESTS; i++)
     CHECK (pthread_create (&threads[i], NULL, guest_main, (void *) i) == 0);
   for (int64_t until = in_ms (TIMEOUT_MS); synced < RESYNCS;) {
@@ -164,7 +177,7 @@ main (void)
     pthread_join (threads[i], NULL);
   CHECK (slowest_us < (STALL_MS + 1000) * 1000);
 
-  mirror.trouble_per_mille = 0;
+  trouble (0);
   CHECK (resync ());
   all_is_equal ();
   hung_mirror_frees_all_waiters_at_once ();
