@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import os
 import statistics
+import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ from mirror.ports.source_vm import FilterPlacement, SourceVM
 from tests.integration.conftest import LabVmFactory
 from tests.integration.filter_harness import FilterBench
 from vmirror_lab import records
-from vmirror_lab.counter import StallWatch
+from vmirror_lab.counter import Gap
 from vmirror_lab.qemu_builds import QemuBuild, backports, installed
 from vmirror_lab.vm import Guest, LabVm, VmSpec, prepare_images
 
@@ -35,7 +37,7 @@ pytestmark = pytest.mark.real_qemu
 WAIT_S = 60.0
 SIZE_MIB = 64
 RECORDS_MORE = 20
-RECORDS_BEFORE = 500
+SHARE_EVERY_S = 0.01
 
 TURNS = 100
 IOTHREAD_TURNS = 15
@@ -224,8 +226,8 @@ async def test_a_hundred_insertions_and_removals_in_a_row_under_load_lose_nothin
 ) -> None:
     """Two disks with one global sequence, from one stop each.
 
-    The VM and this process get more CPU than whatever else the machine does, and how long the machine
-    itself keeps the guest's writes waiting is measured first: ``stop`` waits for a write in flight.
+    ``stop`` waits for the writes in flight and flushes all disks, so the machine's own share is measured
+    beside it and allowed for: how long a small write with fdatasync took at worst in the same folder.
     """
     images = prepare_images(lab_dir, Guest.KERNEL, DeviceKind.VIRTIO_BLK, disks=2, size_mib=SIZE_MIB)
     bench = bench_factory(2)
@@ -233,13 +235,12 @@ async def test_a_hundred_insertions_and_removals_in_a_row_under_load_lose_nothin
     await vm.wait_acks(RECORDS_MORE)
     async with opened(vm) as (source, disks):
         with favoured(os.getpid(), vm.pid):
-            async with StallWatch(vm.acks) as machine:
-                await vm.wait_acks(RECORDS_BEFORE)
-            stuns_ms = await switch_often(source, disks, bench, vm)
+            async with machine_share(lab_dir) as machine:
+                stuns_ms = await switch_often(source, disks, bench, vm)
     await assert_all_records(vm)
     figures = (
         f"median {statistics.median(stuns_ms):.1f} ms, worst {sorted(stuns_ms)[-3:]} ms; "
-        f"without us the guest waited up to {machine.worst_ms:.0f} ms for a write"
+        f"a write beside it took up to {machine.worst_ms:.0f} ms"
     )
     print(f"stun on QEMU {qemu_build.version}: {figures}")
     assert statistics.median(stuns_ms) < STUN_MEDIAN_MAX_MS, figures
@@ -260,6 +261,30 @@ async def switch_often(
     assert await source.describe() == before
     assert await node_names(vm) == nodes
     return stuns_ms
+
+
+@asynccontextmanager
+async def machine_share(folder: Path) -> AsyncIterator[Gap]:
+    """While the block runs: the worst time of a 4 KiB write with fdatasync, asked for all the while."""
+    worst, ended = Gap(), threading.Event()
+
+    def measure() -> None:
+        fd = os.open(folder / "share", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            while not ended.wait(SHARE_EVERY_S):
+                began_s = time.monotonic()
+                os.pwrite(fd, os.urandom(4096), 0)
+                os.fdatasync(fd)
+                worst.worst_ms = max(worst.worst_ms, (time.monotonic() - began_s) * 1000)
+        finally:
+            os.close(fd)
+
+    measuring = asyncio.create_task(asyncio.to_thread(measure))
+    try:
+        yield worst
+    finally:
+        ended.set()
+        await measuring
 
 
 @contextmanager
