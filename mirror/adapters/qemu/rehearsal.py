@@ -180,9 +180,13 @@ class _ThrowAwayVm:
             )
             if any(view.bitmap is None for view in views):
                 raise HostError("the dirty bitmap was not kept")
-            await self._use_exports(link, views, deadline)
-            await book.merged(disks, timeout_s=deadline.left_s())
-            await book.close_exports(deadline)
+            try:
+                await self._use_exports(views, deadline)
+                await book.merged(disks, timeout_s=deadline.left_s())
+                await book.close_exports(deadline)
+            except LinkLost as err:
+                await self._tell_death_by_export(link, err)
+                raise
             await insertion.yank_tees(disks)
             await insertion.renew_tee(disks, scratch.socket, timeout_s=deadline.left_s())
             await self._write(link, disks, 1, 0xA2, deadline)
@@ -194,32 +198,30 @@ class _ThrowAwayVm:
         if after.devices != before.devices or set(after.nodes) != set(before.nodes):
             raise HostError("after the removal its disks were not as they had been before")
 
-    async def _use_exports(self, link: QmpLink, views: Sequence[SourceView], deadline: Deadline) -> None:
+    async def _use_exports(self, views: Sequence[SourceView], deadline: Deadline) -> None:
         """A client comes, reads, and goes. The going is what kills some builds.
 
         QEMU 7.2 with the fix of CVE-2024-7409 (Debian 12's, 7.2.14 and later) asserts in
         blockdev-nbd.c, nbd_blockdev_client_closed, that it is in the main thread, but a client of a
         node in an iothread is closed in that iothread. 10.0 does it right.
         """
-        try:
-            for view in views:
-                timeout_s = deadline.left_s(at_most_s=EXPORT_TIMEOUT_S)
-                data = await read_export(view.socket, view.export, 0, WRITE_BYTES, timeout_s=timeout_s)
-                if data != bytes([0xA1]) * WRITE_BYTES:
-                    raise HostError(f"{view.disk_name}: the export does not show what was written")
-        finally:
-            await self._survived(link, deadline)
+        for view in views:
+            timeout_s = deadline.left_s(at_most_s=EXPORT_TIMEOUT_S)
+            data = await read_export(view.socket, view.export, 0, WRITE_BYTES, timeout_s=timeout_s)
+            if data != bytes([0xA1]) * WRITE_BYTES:
+                raise HostError(f"{view.disk_name}: the export does not show what was written")
 
-    async def _survived(self, link: QmpLink, deadline: Deadline) -> None:
-        try:
-            await link.execute("query-status", timeout_s=deadline.left_s())
-        except LinkLost as err:
+    async def _tell_death_by_export(self, link: QmpLink, cause: LinkLost) -> None:
+        """:raises HostError: QEMU died; it may take a moment between the client's end and its own."""
+        await asyncio.wait((link.lost,), timeout=QUIT_TIMEOUT_S)
+        if link.alive:
+            return
+        if any(disk.iothread for disk in self._shape.disks):
             raise HostError(
                 "this QEMU dies when a client leaves an NBD export of a disk in an iothread (a backup would "
                 "kill the VM, too). Update QEMU (10.0 is known to be well), or give the disk no iothread"
-                if any(disk.iothread for disk in self._shape.disks)
-                else "this QEMU dies when a client leaves an NBD export"
-            ) from err
+            ) from cause
+        raise HostError("this QEMU dies when a client leaves an NBD export") from cause
 
     async def _check(self, disk: ProtectedDisk, mirrored: bytearray) -> None:
         """What was written with the filter in is on both sides, what was written without on the source."""
