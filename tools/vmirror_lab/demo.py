@@ -135,6 +135,8 @@ class Demo:
                 views = await asyncio.to_thread(client.protections)
                 live.update(render.status_table(views), refresh=True)
                 await asyncio.sleep(0.5)
+        if not self.console.is_terminal:
+            self.console.print()  # Live leaves the cursor behind its last line there
         await self._screen("boot-stub.png")
 
     async def _screen(self, name: str) -> None:
