@@ -9,7 +9,7 @@ from mirror.domain.errors import HostError, VmirrorError
 from mirror.domain.lifecycle import Phase, Record
 from mirror.domain.model import Protection
 from mirror.domain.plans import STEPS, JobKind, JobState, Step, main_step
-from mirror.domain.recovery import Action, Row, Sight, decide
+from mirror.domain.recovery import Action, Graph, Row, Sight, decide
 from mirror.services.context import Context
 from mirror.services.events import Recurring
 from mirror.services.failover import Failover
@@ -18,6 +18,9 @@ from mirror.services.protect import Protect
 from mirror.services.registry import Registry
 from mirror.services.sight import sight_of, source_seen
 from mirror.services.unprotect import Unprotect
+
+_SWITCHES = (Step.INSERT, Step.REMOVE)
+"""The steps within which the source's CPUs are stopped for a moment."""
 
 HEALS_MAX = 3
 """A source that still stands half-way after so many healings is a case for a person."""
@@ -71,11 +74,15 @@ class Recovery:
             again_s=self._context.settings.log_again_s,
         )
         heals = 0
+        # Also a graph that looks whole may have been left with the CPUs stopped (just before the last
+        # `cont`), or with nodes and bitmaps that were not swept: a switch is finished once in any case.
+        finished = step not in _SWITCHES or "was_running" not in job.job.params
         while True:
             async with source_seen(self._context, record.protection) as seen:
                 sight = await sight_of(self._context, record.protection, seen)
                 row = decide(job.job.kind, step, sight)
-                if row.action is Action.HEAL and seen.vm is not None and heals < HEALS_MAX:
+                whole = not finished and sight.graph in (Graph.IN, Graph.OUT)
+                if (row.action is Action.HEAL or whole) and seen.vm is not None and heals < HEALS_MAX:
                     heals += 1
                     was_running = bool(job.job.params.get("was_running", True))
                     try:
@@ -87,6 +94,8 @@ class Recovery:
                     except HostError as err:
                         waiting.failed(f"healing the source failed, trying again: {err}")
                         await self._context.clock.sleep(self._context.settings.backoff_first_s)
+                    else:
+                        finished = True
                     continue
             if row.action is not Action.WAIT:
                 return row, sight

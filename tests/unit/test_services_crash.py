@@ -84,6 +84,27 @@ async def test_unprotect_killed_before_any_step_is_finished(world: World, step: 
         assert not world.mirror_state.images
 
 
+@pytest.mark.parametrize("was_running", [True, False])
+@pytest.mark.parametrize("placement", [FilterPlacement.IN, FilterPlacement.OUT])
+@pytest.mark.parametrize("kind", [JobKind.PROTECT, JobKind.UNPROTECT])
+async def test_source_left_stopped_in_a_graph_that_looks_whole_is_what_it_was_before(
+    world: World, kind: JobKind, placement: FilterPlacement, was_running: bool
+) -> None:
+    """Killed between `stop` and the first change, or between the last change and `cont`."""
+    world.vm.running = was_running
+    if kind is JobKind.UNPROTECT:
+        async with world.appliance() as appliance:
+            await world.protected(appliance)
+    await crashed(world, "insert/tidy" if kind is JobKind.PROTECT else "remove/stop", kind)
+    world.vm.placement["disk0"] = placement
+    world.vm.running = False
+    async with world.appliance() as appliance:
+        job = await world.ended(appliance, (await world.store.jobs(limit=1))[0])
+        assert job.state is not JobState.FAILED, job
+        assert world.vm.running is was_running
+        assert "recover" in world.vm.calls
+
+
 @pytest.mark.parametrize("step", steps_of(JobKind.FAILOVER))
 async def test_failover_killed_before_any_step_is_given_up_or_finished(world: World, step: str) -> None:
     async with world.appliance() as appliance:
