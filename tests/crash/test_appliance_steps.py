@@ -26,8 +26,12 @@ pytestmark = [pytest.mark.real_qemu, pytest.mark.crash]
 
 SIZE_BYTES = 16 << 20
 DEADLINE_S = 60.0
-PROTECT = [str(step) for step in STEPS[JobKind.PROTECT]] + ["insert/stop", "insert/tidy"]
-UNPROTECT = [str(step) for step in STEPS[JobKind.UNPROTECT]] + ["remove/stop", "remove/tidy"]
+PROTECT = [str(step) for step in STEPS[JobKind.PROTECT]] + ["insert/prepare", "insert/stop", "insert/tidy"]
+UNPROTECT = [str(step) for step in STEPS[JobKind.UNPROTECT]] + [
+    "remove/prepare",
+    "remove/stop",
+    "remove/tidy",
+]
 FAILOVER = [str(step) for step in STEPS[JobKind.FAILOVER]]
 
 
