@@ -115,6 +115,8 @@ check_export (struct nbd_connection *c, const struct nbd_wanted *w, char *fault)
     return -1;
   }
   c->fua = nbd_can_fua (c->nbd) == 1;
+  c->taken_over = w->writable && !w->extents && nbd_get_tls_negotiated (c->nbd) == 0
+                  && nbd_get_structured_replies_negotiated (c->nbd) == 0 && c->fd != -1;
   return 0;
 }
 
@@ -184,6 +186,28 @@ nbd_connection_wait (struct nbd_connection *c, int64_t cookie, int64_t deadline_
     if (wait_for_socket (c, deadline_us) == -1)
       return -1;
   }
+}
+
+int
+nbd_connection_request (struct nbd_connection *c, const struct nbd_request *r, int64_t deadline_us)
+{
+  uint32_t flags = r->fua ? LIBNBD_CMD_FLAG_FUA : 0;
+  int64_t cookie;
+
+  if (c->taken_over)
+    return nbd_transmit (c->fd, ++c->cookie, r, &c->woken, deadline_us);
+  switch (r->command) {
+  case NBD_WRITE:
+    cookie = nbd_aio_pwrite (c->nbd, r->buf, r->count, r->offset, NBD_NULL_COMPLETION, flags);
+    break;
+  case NBD_WRITE_ZEROES:
+    cookie = nbd_aio_zero (c->nbd, r->count, r->offset, NBD_NULL_COMPLETION, flags);
+    break;
+  default:
+    cookie = nbd_aio_flush (c->nbd, NBD_NULL_COMPLETION, 0);
+    break;
+  }
+  return nbd_connection_wait (c, cookie, deadline_us);
 }
 
 struct first_extent {

@@ -11,6 +11,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "nbd_transmission.h"
+
 struct nbd_connection {
   struct nbd_handle *nbd;
   /* For the waker: a duplicate of the socket, since libnbd closes its own as soon as the connection is
@@ -18,6 +20,8 @@ struct nbd_connection {
   int fd;
   bool woken; /* atomic */
   bool fua;
+  bool taken_over; /* after the negotiation: requests go through nbd_transmission.h */
+  uint64_t cookie;
 };
 
 #define NBD_REQUEST_MAX (32u << 20)
@@ -35,6 +39,9 @@ struct nbd_wanted {
 int nbd_connection_open (struct nbd_connection *c, const struct nbd_wanted *wanted, int64_t deadline_us, char *fault);
 void nbd_connection_wake (struct nbd_connection *c);
 void nbd_connection_close (struct nbd_connection *c);
+
+/* One write, zeroing or flush; `fua` only where the server has it (`c->fua`). */
+int nbd_connection_request (struct nbd_connection *c, const struct nbd_request *request, int64_t deadline_us);
 
 /* Waits for a command that nbd_aio_* has returned `cookie` for (-1: it failed at once). */
 int nbd_connection_wait (struct nbd_connection *c, int64_t cookie, int64_t deadline_us);

@@ -152,16 +152,13 @@ pool_give (struct pool *p, struct nbd_connection *c)
 static int
 write_piece (struct nbd_connection *c, const uint8_t *buf, uint32_t count, uint64_t offset, bool fua, int64_t deadline_us)
 {
-  int64_t cookie
-    = nbd_aio_pwrite (c->nbd, buf, count, offset, NBD_NULL_COMPLETION, fua && c->fua ? LIBNBD_CMD_FLAG_FUA : 0);
-
-  return nbd_connection_wait (c, cookie, deadline_us);
+  return nbd_connection_request (c, &(struct nbd_request) { NBD_WRITE, fua && c->fua, buf, count, offset }, deadline_us);
 }
 
 static int
 flush_on (struct nbd_connection *c, int64_t deadline_us)
 {
-  return nbd_connection_wait (c, nbd_aio_flush (c->nbd, NBD_NULL_COMPLETION, 0), deadline_us);
+  return nbd_connection_request (c, &(struct nbd_request) { .command = NBD_FLUSH }, deadline_us);
 }
 
 static int
@@ -214,8 +211,8 @@ mirror_zero (struct mirror_session *s, unsigned disk, uint64_t count, uint64_t o
     for (uint64_t piece; r == 0 && count > 0; count -= piece, offset += piece) {
       /* Without NO_HOLE: the server may give the space back. */
       piece = count < (UINT64_C (1) << 30) ? count : UINT64_C (1) << 30;
-      r = nbd_connection_wait (
-        c, nbd_aio_zero (c->nbd, piece, offset, NBD_NULL_COMPLETION, fua && c->fua ? LIBNBD_CMD_FLAG_FUA : 0), deadline_us);
+      struct nbd_request zeroes = { NBD_WRITE_ZEROES, fua && c->fua, NULL, (uint32_t) piece, offset };
+      r = nbd_connection_request (c, &zeroes, deadline_us);
     }
   if (r == 0 && fua && !c->fua)
     r = flush_on (c, deadline_us);
