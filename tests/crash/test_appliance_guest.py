@@ -51,6 +51,13 @@ async def goes_on(vm: LabVm, step: str) -> None:
     saw_no_error(vm)
 
 
+async def nothing_of_ours(vm: LabVm, step: str) -> None:
+    """In the source's QEMU: no node, no bitmap."""
+    nodes = await vm.qmp("query-named-block-nodes")
+    assert not [node["node-name"] for node in nodes if "vmirror" in node["node-name"]], step
+    assert not [node["node-name"] for node in nodes if node.get("dirty-bitmaps")], step
+
+
 async def protected(site: Site, vm: LabVm) -> bool:
     """As ``vmirror status`` names it: by this name, active."""
     views = (await site.done("status", "--json")).document
@@ -73,6 +80,7 @@ async def test_guest_writes_on_whenever_vmirrord_dies_in_protect_and_unprotect()
                 if job["state"] != "done":
                     assert job["state"] == "rolled-back", (step, job)
                     assert not list(site.datastore.iterdir()), step
+                    await nothing_of_ours(vm, step)
                     await site.protect(vm)
                 await site.mirroring(vm)
                 await site.done(*away)
@@ -84,9 +92,7 @@ async def test_guest_writes_on_whenever_vmirrord_dies_in_protect_and_unprotect()
                 assert job["state"] == "done", (step, job)
                 assert not await protected(site, vm)
                 assert not list(site.datastore.iterdir()), step
-        nodes = await vm.qmp("query-named-block-nodes")
-        assert not [node["node-name"] for node in nodes if "vmirror" in node["node-name"]]
-        assert not [node["node-name"] for node in nodes if node.get("dirty-bitmaps")]
+                await nothing_of_ours(vm, step)
         await site.protect(vm)
         await site.stopped_and_identical(vm)
 
