@@ -11,6 +11,7 @@
 #include "text.h"
 
 #define LAST_FLUSH_MS 2000
+#define JOIN_MS 500
 
 void
 filter_changed_locked (struct filter *f)
@@ -289,7 +290,16 @@ flush_for_the_last_time (struct filter *f)
     tee_wait_requests (&f->disks[i], INT64_MAX, deadline_us);
 }
 
-void
+/* A thread may be on its way to a mirror that hangs: its end is not worth waiting for. */
+static bool
+thread_ended (pthread_t thread)
+{
+  struct timespec until = deadline_timespec (in_ms (JOIN_MS));
+
+  return pthread_clockjoin_np (thread, NULL, CLOCK_MONOTONIC, &until) == 0;
+}
+
+bool
 filter_stop (struct filter *f)
 {
   {
@@ -299,18 +309,21 @@ filter_stop (struct filter *f)
     filter_changed_locked (f);
   }
   tee_hold_requests (f);
-  if (f->threads_started) {
-    pthread_join (f->probe_thread, NULL);
-    pthread_join (f->heartbeat_thread, NULL);
-  }
   flush_for_the_last_time (f);
   bool durable = !f->standing.failed;
   for (unsigned i = 0; durable && i < f->disk_count; i++)
     durable = dirty_map_sync (&f->disks[i].map) == 0;
   if (durable) {
-    f->saved.clean_stop = true;
+    {
+      LOCK_FOR_CURRENT_SCOPE (&f->mu);
+      f->saved.clean_stop = true;
+    }
     filter_store_state (f);
   }
+  if (!f->threads_started)
+    return true;
+  bool probe_ended = thread_ended (f->probe_thread);
+  return thread_ended (f->heartbeat_thread) && probe_ended;
 }
 
 void

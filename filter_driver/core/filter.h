@@ -128,9 +128,10 @@ struct filter *filter_new (const struct config *config, struct mirror_dev *mirro
 int filter_start_threads (struct filter *f);
 /* The end in good order, once: requests that come from now on are never answered (the source's hypervisor
    sends them again, or its book has them), the others end, what can be flushed is flushed, the dirty maps
-   are on disk and the stop is marked as clean. */
-void filter_stop (struct filter *f);
-/* After filter_stop, and when no request and no control client is left. */
+   are on disk and the stop is marked as clean.  False: a thread of its own hangs at the mirror, so that
+   nothing may be freed any more. */
+bool filter_stop (struct filter *f);
+/* After filter_stop has returned true, and when no request and no control client is left. */
 void filter_free (struct filter *f);
 
 /* One state-changing command at a time; -1 with ETIMEDOUT. */

@@ -122,9 +122,17 @@ granule_set_next (const struct granule_set *set, uint64_t from)
 uint64_t
 granule_set_run (const struct granule_set *set, uint64_t first, uint64_t max)
 {
-  uint64_t run = 0;
+  uint64_t end = max < set->granules - first ? first + max : set->granules;
+  uint64_t at = first;
 
-  while (run < max && first + run < set->granules && granule_set_has (set, first + run))
-    run++;
-  return run;
+  assert (first < set->granules);
+  while (at < end) {
+    uint64_t missing = ~set->words[at / 64] >> (at % 64);
+    if (missing) {
+      at += (uint64_t) __builtin_ctzll (missing);
+      break;
+    }
+    at += 64 - at % 64;
+  }
+  return (at < end ? at : end) - first;
 }

@@ -146,7 +146,7 @@ main (void)
   mutated_lines_change_nothing ();
   CHECK (strcmp (class_of ("{\"id\": 1, \"cmd\": \"fence\", \"reason\": \"failover\"}"), "") == 0);
   CHECK (strcmp (class_of ("{\"id\": 1, \"cmd\": \"resync-begin\"}"), "WrongState") == 0);
-  filter_stop (f);
+  CHECK (filter_stop (f));
   filter_free (f);
   scratch_remove (folder);
   return 0;

@@ -268,7 +268,7 @@ restart (struct world *w, bool crash)
   if (crash)
     filter_lose_link (w->f, NULL, "a crash"); /* memory only: the files stay as they are */
   else
-    filter_stop (w->f);
+    CHECK (filter_stop (w->f));
   filter_free (w->f);
   CHECK (w->mirror.sessions == 0);
   for (uint64_t n = roll_below (&w->dice, 3); n > 0; n--)
@@ -422,7 +422,7 @@ run (uint64_t seed, const char *folder)
   check_mirroring (w);
   for (unsigned d = 0; d < FAKE_DISKS; d++)
     disconnect_guest (w, d);
-  filter_stop (w->f);
+  CHECK (filter_stop (w->f));
   filter_free (w->f);
   CHECK (w->mirror.sessions == 0);
   free (w);

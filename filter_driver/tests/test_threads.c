@@ -187,7 +187,7 @@ main (void)
 
   for (unsigned d = 0; d < FAKE_DISKS; d++)
     client_close (&clients[d]);
-  filter_stop (f);
+  CHECK (filter_stop (f));
   filter_free (f);
   CHECK (mirror.sessions == 0);
   scratch_remove (folder);

@@ -124,6 +124,22 @@ def test_sigterm_ends_the_filter_although_its_client_stays_and_cleans_up() -> No
         assert bench.status()["dirty_bytes"] == 0, "the last flush made it clean"
 
 
+def test_sigterm_while_the_mirror_hangs_is_quick_and_still_a_clean_stop() -> None:
+    with synced_bench(stall_ms=20_000) as bench:
+        guest = bench.guest()
+        bench.resync()
+        bench.signal_mirror(signal.SIGSTOP)
+        guest.tee.send(NbdClient.WRITE, 5 * GRANULE, 512, bytes(512))
+        wait_until(lambda: bench.status()["counters"]["writes"] == 1, "received")
+        begin = time.monotonic()
+        assert bench.stop_filter() == 0
+        assert time.monotonic() - begin < 4.5
+        assert json.loads((bench.folder / "state" / "filter.state").read_text())["clean_stop"]
+        bench.signal_mirror(signal.SIGCONT)
+        bench.start_filter()
+        assert bench.status()["dirty_bytes"] == GRANULE
+
+
 def test_supervisor_survives_sighup_and_a_second_one_is_refused() -> None:
     with synced_bench() as bench:
         supervisor = int((bench.folder / "supervise.pid").read_text())

@@ -37,7 +37,7 @@ static struct filter *filter;
 static struct control *control;
 static struct notify *notify;
 static pthread_t exit_thread;
-static bool exit_thread_started, unloading;
+static bool exit_thread_started, unloading, stopped, all_ended = true;
 
 static int
 vm_config (const char *key, const char *value)
@@ -72,15 +72,12 @@ static void
 stop_once (void)
 {
   static pthread_mutex_t mu = PTHREAD_MUTEX_INITIALIZER;
-  static bool stopped;
 
   LOCK_FOR_CURRENT_SCOPE (&mu);
   if (stopped || !filter)
     return;
   stopped = true;
-  filter_stop (filter);
-  control_stop (control);
-  notify_stop (notify);
+  all_ended = filter_stop (filter);
 }
 
 /* On SIGTERM nbdkit waits until its clients have gone by themselves, but the source's hypervisor stays for
@@ -93,9 +90,10 @@ exit_main (void *opaque)
   while (nbdkit_nanosleep (3600, 0) == 0)
     continue;
   stop_once ();
-  if (!__atomic_load_n (&unloading, __ATOMIC_ACQUIRE))
-    _exit (0);
-  return NULL;
+  if (__atomic_load_n (&unloading, __ATOMIC_ACQUIRE))
+    return NULL;
+  unlink (config.control_socket);
+  _exit (0);
 }
 
 /* After nbdkit's fork (it stays in the foreground under the supervisor, but must not matter): threads. */
@@ -140,9 +138,13 @@ vm_unload (void)
 
   __atomic_store_n (&unloading, true, __ATOMIC_RELEASE);
   stop_once ();
-  /* Its code is about to be unmapped. */
-  if (exit_thread_started && pthread_clockjoin_np (exit_thread, NULL, CLOCK_MONOTONIC, &until) != 0)
+  /* Code and memory are about to go: nothing may still use them. */
+  if ((exit_thread_started && pthread_clockjoin_np (exit_thread, NULL, CLOCK_MONOTONIC, &until) != 0) || !all_ended) {
+    unlink (config.control_socket);
     _exit (0);
+  }
+  control_stop (control);
+  notify_stop (notify);
   if (filter)
     filter_free (filter);
   if (mirror)
