@@ -147,20 +147,24 @@ command_detach (struct filter *f, struct refusal *refusal)
 }
 
 int
-command_fence (struct filter *f, const char *reason, struct refusal *refusal)
+command_fence_now (struct filter *f, const char *reason, struct refusal *refusal)
 {
-  {
-    LOCK_FOR_CURRENT_SCOPE (&f->mu);
-    if (f->standing.failed)
-      return refuse_terminal_locked (f, refusal);
-    filter_lose_link_locked (f, reason);
-    f->standing.failed_over = true;
-    f->standing.mirror_connected = false;
-    text_copy (f->saved.failed_over, sizeof f->saved.failed_over, reason);
-    text_copy (f->cause, sizeof f->cause, reason);
-    log_line (LOG_INFO, "state=FAILED_OVER reason=\"%s\"", reason);
-    filter_changed_locked (f);
-  }
+  LOCK_FOR_CURRENT_SCOPE (&f->mu);
+  if (f->standing.failed)
+    return refuse_terminal_locked (f, refusal);
+  filter_lose_link_locked (f, reason);
+  f->standing.failed_over = true;
+  f->standing.mirror_connected = false;
+  text_copy (f->saved.failed_over, sizeof f->saved.failed_over, reason);
+  text_copy (f->cause, sizeof f->cause, reason);
+  log_line (LOG_INFO, "state=FAILED_OVER reason=\"%s\"", reason);
+  filter_changed_locked (f);
+  return 0;
+}
+
+int
+command_fence_durably (struct filter *f, struct refusal *refusal)
+{
   if (filter_store_state (f) == -1)
     return refuse (refusal, REFUSED_INTERNAL, "the state file cannot be written: the fence is not durable");
   if (link_wait_all_closed (f, now_us () + filter_stall_us (f)) == -1)

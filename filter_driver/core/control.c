@@ -59,13 +59,6 @@ error_message (json_t *id, enum refusal_class class, const char *text)
   return json_pack ("{s:O s:{s:s s:o}}", "id", id, "error", "class", names[class], "message", message);
 }
 
-static json_t *
-refuse_fields (struct json_fields *f, struct refusal *refusal)
-{
-  refuse (refusal, REFUSED_BAD_REQUEST, "%s", f->why);
-  return NULL;
-}
-
 static int
 take_source (struct filter *f, json_t *object, struct copy_source *sources, bool *seen, struct refusal *refusal)
 {
@@ -78,10 +71,8 @@ take_source (struct filter *f, json_t *object, struct copy_source *sources, bool
   const char *export_name = json_take_string (&fields, "source_export", EXPORT_NAME_SIZE);
   const char *bitmap = json_take_string_or_null (&fields, "bitmap", EXPORT_NAME_SIZE - 32);
   uint64_t covers = json_take_u64 (&fields, "covers_client_connection", 0, INT64_MAX);
-  if (json_take_done (&fields) == -1) {
-    refuse_fields (&fields, refusal);
-    return -1;
-  }
+  if (json_take_done (&fields) == -1)
+    return refuse (refusal, REFUSED_BAD_REQUEST, "%s", fields.why);
   for (unsigned i = 0; i < f->disk_count; i++) {
     if (strcmp (name, f->config->disks[i].name) != 0)
       continue;
@@ -95,25 +86,6 @@ take_source (struct filter *f, json_t *object, struct copy_source *sources, bool
     return 0;
   }
   return refuse (refusal, REFUSED_BAD_REQUEST, "disks: there is no %s", name);
-}
-
-static json_t *
-answer_copy (struct filter *f, struct json_fields *fields, struct refusal *refusal)
-{
-  struct copy_source sources[DISKS_MAX] = { 0 };
-  bool seen[DISKS_MAX] = { false };
-  uint64_t merged_bytes = 0;
-  uint64_t connection = json_take_u64 (fields, "mirror_connection", 0, INT64_MAX);
-  json_t *disks = json_take_array (fields, "disks", f->disk_count, f->disk_count);
-
-  if (json_take_done (fields) == -1)
-    return refuse_fields (fields, refusal);
-  for (size_t i = 0; i < json_array_size (disks); i++)
-    if (take_source (f, json_array_get (disks, i), sources, seen, refusal) == -1)
-      return NULL;
-  if (resync_copy (f, connection, sources, &merged_bytes, refusal) == -1)
-    return NULL;
-  return json_pack ("{s:I}", "merged_bytes", (json_int_t) merged_bytes);
 }
 
 enum command {
@@ -141,30 +113,53 @@ command_named (const char *name)
   return COMMAND_UNKNOWN;
 }
 
-/* The value of "ok", or NULL with the refusal.  Arguments are checked before anything is done. */
-static json_t *
-operate (struct filter *f, enum command command, struct json_fields *fields, struct refusal *refusal)
-{
-  const char *reason = command == COMMAND_PAUSE || command == COMMAND_RESUME || command == COMMAND_FENCE
-                         ? json_take_string (fields, "reason", REASON_SIZE - 16)
-                         : NULL;
+/* What the arguments hold; checked before anything is done. */
+struct arguments {
+  const char *reason;
   uint64_t connection;
+  struct copy_source sources[DISKS_MAX];
+};
+
+static int
+take_arguments (struct filter *f, enum command command, struct json_fields *fields, struct arguments *a,
+                struct refusal *refusal)
+{
+  bool seen[DISKS_MAX] = { false };
+  json_t *disks = NULL;
+
+  if (command == COMMAND_PAUSE || command == COMMAND_RESUME || command == COMMAND_FENCE)
+    a->reason = json_take_string (fields, "reason", REASON_SIZE - 16);
+  if (command == COMMAND_COPY) {
+    a->connection = json_take_u64 (fields, "mirror_connection", 0, INT64_MAX);
+    disks = json_take_array (fields, "disks", f->disk_count, f->disk_count);
+  }
+  if (json_take_done (fields) == -1)
+    return refuse (refusal, REFUSED_BAD_REQUEST, "%s", fields->why);
+  for (size_t i = 0; i < json_array_size (disks); i++)
+    if (take_source (f, json_array_get (disks, i), a->sources, seen, refusal) == -1)
+      return -1;
+  return 0;
+}
+
+/* The value of "ok", or NULL with the refusal. */
+static json_t *
+operate (struct filter *f, enum command command, const struct arguments *a, struct refusal *refusal)
+{
+  uint64_t number;
   int r;
 
-  if (command != COMMAND_COPY && json_take_done (fields) == -1)
-    return refuse_fields (fields, refusal);
   switch (command) {
   case COMMAND_BEGIN:
-    if (resync_begin (f, &connection, refusal) == -1)
-      return NULL;
-    return json_pack ("{s:I}", "mirror_connection", (json_int_t) connection);
+    r = resync_begin (f, &number, refusal);
+    return r == 0 ? json_pack ("{s:I}", "mirror_connection", (json_int_t) number) : NULL;
   case COMMAND_COPY:
-    return answer_copy (f, fields, refusal);
+    r = resync_copy (f, a->connection, a->sources, &number, refusal);
+    return r == 0 ? json_pack ("{s:I}", "merged_bytes", (json_int_t) number) : NULL;
   case COMMAND_BARRIER:
     r = command_barrier (f, refusal);
     break;
   case COMMAND_PAUSE:
-    r = command_pause (f, reason, refusal);
+    r = command_pause (f, a->reason, refusal);
     break;
   case COMMAND_RESUME:
     r = command_resume (f, refusal);
@@ -173,7 +168,7 @@ operate (struct filter *f, enum command command, struct json_fields *fields, str
     r = command_detach (f, refusal);
     break;
   default:
-    r = command_fence (f, reason, refusal);
+    r = command_fence_durably (f, refusal);
     break;
   }
   return r == 0 ? status_json (f) : NULL;
@@ -182,14 +177,19 @@ operate (struct filter *f, enum command command, struct json_fields *fields, str
 static json_t *
 run_command (struct filter *f, enum command command, struct json_fields *fields, struct refusal *refusal)
 {
-  if (command == COMMAND_STATUS || command == COMMAND_SUBSCRIBE)
-    return json_take_done (fields) == 0 ? status_json (f) : refuse_fields (fields, refusal);
+  struct arguments arguments = { 0 };
 
+  if (take_arguments (f, command, fields, &arguments, refusal) == -1)
+    return NULL;
+  if (command == COMMAND_STATUS || command == COMMAND_SUBSCRIBE)
+    return status_json (f);
+  if (command == COMMAND_FENCE && command_fence_now (f, arguments.reason, refusal) == -1)
+    return NULL;
   if (filter_begin_operation (f, in_ms (OPERATION_TIMEOUT_MS)) == -1) {
     refuse (refusal, REFUSED_INTERNAL, "another command does not come to an end");
     return NULL;
   }
-  json_t *ok = operate (f, command, fields, refusal);
+  json_t *ok = operate (f, command, &arguments, refusal);
   filter_end_operation (f);
   return ok;
 }
@@ -221,7 +221,7 @@ control_answer (struct filter *f, const char *line, size_t length, bool *subscri
     const char *name = json_take_string (&fields, "cmd", 32);
     command = command_named (name);
     if (fields.why[0])
-      refuse_fields (&fields, &refusal);
+      refuse (&refusal, REFUSED_BAD_REQUEST, "%s", fields.why);
     else if (command == COMMAND_UNKNOWN)
       refuse (&refusal, REFUSED_BAD_REQUEST, "cmd: there is no command %s", name);
     else

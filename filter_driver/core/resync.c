@@ -420,6 +420,7 @@ resync_copy (struct filter *f, uint64_t connection, const struct copy_source *so
     for (unsigned i = 0; i < f->disk_count; i++)
       if ((int64_t) sources[i].covers > f->disks[i].book_covers)
         f->disks[i].book_covers = (int64_t) sources[i].covers;
+    filter_changed_locked (f);
   }
   return start_job (f, connection, sources, refusal);
 }

@@ -692,6 +692,7 @@ file_mirror_new (const struct config *config)
   m->config = config;
   pthread_mutex_init (&m->mu, NULL);
   pthread_cond_init (&m->job_ended, NULL);
+  m->no_ring = getenv ("VMIRROR_NO_IO_URING") != NULL; /* for hosts that must do without, and for the tests */
   return &m->dev;
 }
 

@@ -310,12 +310,14 @@ class FilterBench:
         stall_ms: int = 2000,
         mirror_type: str = "nbd",
         watchdog_ms: int = 4000,
+        io_uring: bool = True,
     ) -> None:
         build_filter()
         self.folder = Path(tempfile.mkdtemp(prefix="vmf", dir="/tmp"))
         self.sizes = {f"disk{i}": size for i, size in enumerate(sizes)}
         self.protection: UUID = uuid4()
         self.watchdog_ms = watchdog_ms
+        self._environment = os.environ | ({} if io_uring else {"VMIRROR_NO_IO_URING": "1"})
         self._processes: list[subprocess.Popen[bytes]] = []
         self._supervisor: subprocess.Popen[bytes] | None = None
         self._mirror: subprocess.Popen[bytes] | None = None
@@ -427,7 +429,8 @@ class FilterBench:
 
     def spawn(self, *command: str | Path) -> subprocess.Popen[bytes]:
         with (self.folder / "processes.log").open("ab") as log:
-            process = subprocess.Popen([str(word) for word in command], stdout=log, stderr=log)
+            words = [str(word) for word in command]
+            process = subprocess.Popen(words, stdout=log, stderr=log, env=self._environment)
         self._processes.append(process)
         return process
 

@@ -25,10 +25,11 @@ from tests.integration.filter_harness import (
 MIB = 1 << 20
 
 
-@pytest.fixture(params=["nbd", "file"])
+@pytest.fixture(params=["nbd", "file", "file-without-io_uring"])
 def mirroring(request: pytest.FixtureRequest) -> Iterator[FilterBench]:
     """Disks of 40 MiB and 1 MiB + 512 bytes, in MIRRORING, guests connected."""
-    with synced_bench(sizes=(40 * MIB, MIB + 512), mirror_type=request.param) as bench:
+    kind, _, without = request.param.partition("-")
+    with synced_bench(sizes=(40 * MIB, MIB + 512), mirror_type=kind, io_uring=not without) as bench:
         yield bench
 
 

@@ -371,6 +371,24 @@ def test_status_is_answered_while_the_mirror_hangs() -> None:
         assert guest.tee.receive()[1] == ENOSPC
 
 
+def test_fence_takes_effect_while_another_command_waits_for_a_hung_mirror() -> None:
+    with synced_bench(stall_ms=5000) as bench:
+        guest, _before = synced_with_guest(bench)
+        bench.signal_mirror(signal.SIGSTOP)
+        with bench.control() as stuck, bench.control() as control:
+            waiting = threading.Thread(target=lambda: stuck.answer("resync-begin"))
+            waiting.start()
+            bench.wait_state("DEGRADED", 1.0)
+            fencing = threading.Thread(target=lambda: control.ok("fence", reason="failover"))
+            fencing.start()
+            bench.wait_state("FAILED_OVER", 1.0)
+            assert guest.write(0, os.urandom(512)) < MARGIN_S
+            fencing.join()
+            waiting.join()
+        bench.signal_mirror(signal.SIGCONT)
+        assert bench.status()["state"] == "FAILED_OVER"
+
+
 def test_repeated_trouble_is_logged_once() -> None:
     with synced_bench(stall_ms=STALL_MS) as bench:
         bench.kill_mirror()
