@@ -22,7 +22,7 @@ class FilterPlacement(StrEnum):
     """What a device of the source has open, as found by looking at it."""
 
     OUT = "out"
-    PARKED = "parked"  # on the placeholder: a crash between stop and cont; the VM must be paused
+    PARKED = "parked"  # a crash between stop and cont: on the placeholder, or not resumed
     IN = "in"
 
 

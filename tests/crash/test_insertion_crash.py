@@ -89,6 +89,8 @@ def child(doom: Doom) -> None:
             await source.insert(
                 doom.disks, doom.filter_socket, journal=no_journal, reconnect_delay_s=1, timeout_s=WAIT_S
             )
+        elif doom.what == "renew":
+            await source.renew_tee(doom.disks, doom.filter_socket, timeout_s=WAIT_S)
         else:
             await source.remove(doom.disks, journal=no_journal, timeout_s=WAIT_S)
         os._exit(0)
@@ -112,13 +114,17 @@ async def run_child(doom: Doom) -> int:
     return code
 
 
-@pytest.mark.parametrize("unanswered", [False, True], ids=["before", "unanswered"])
-@pytest.mark.parametrize("what", ["insert", "remove"])
+@pytest.mark.parametrize(
+    ("what", "unanswered"),
+    [("insert", False), ("insert", True), ("remove", False), ("remove", True), ("renew", False)],
+    ids=["insert-before", "insert-unanswered", "remove-before", "remove-unanswered", "renew-before"],
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=["scsi-iothread", "mixed"])
 @pytest.mark.parametrize("build", [installed, backports], ids=["qemu7", "qemu10"])
 async def test_a_crash_at_any_step_is_healed_and_the_vm_runs(
     build: Callable[[], QemuBuild], shape: list[BareDisk], what: str, unanswered: bool, tmp_path: Path
 ) -> None:
+    """Whoever heals knows nothing of what was under way, not even that the VM ran: the VM tells."""
     sizes = {"disk0": DISK_BYTES, "disk1": DISK_BYTES}
     async with BareVm(tmp_path, shape, build=build()) as vm:
         host = QemuHost(cache_dir=tmp_path / "cache")
@@ -128,7 +134,7 @@ async def test_a_crash_at_any_step_is_healed_and_the_vm_runs(
             for step in range(1, STEPS_MAX):
                 source = await host.open(str(vm.qmp), timeout_s=WAIT_S)
                 disks = await source.plan_disks(None)
-                if what == "remove":
+                if what != "insert":
                     await source.insert(
                         disks, standin.socket, journal=no_journal, reconnect_delay_s=1, timeout_s=WAIT_S
                     )
@@ -136,7 +142,7 @@ async def test_a_crash_at_any_step_is_healed_and_the_vm_runs(
                 code = await run_child(Doom(what, vm.qmp, standin.socket, disks, step, unanswered))
 
                 source = await host.open(str(vm.qmp), timeout_s=WAIT_S)
-                placement = await source.recover(disks, was_running=True, timeout_s=WAIT_S)
+                placement = await source.recover(disks, was_running=False, timeout_s=WAIT_S)
                 assert {await source.placement(disk) for disk in disks} == {placement}
                 assert await vm.running(), f"step {step}"
                 pattern = step % 250 + 1
@@ -145,7 +151,7 @@ async def test_a_crash_at_any_step_is_healed_and_the_vm_runs(
                 for disk in disks:
                     image = head_of(disk)
                     assert image == bytes([pattern]) * 4096, f"step {step}: source"
-                    if placement is FilterPlacement.IN:
+                    if placement is FilterPlacement.IN and what != "renew":  # its tee may be the yanked one
                         assert standin.mirrored(disk.name)[:4096] == image, f"step {step}: mirror"
                 if placement is FilterPlacement.IN:
                     await source.remove(disks, journal=no_journal, timeout_s=WAIT_S)
@@ -157,5 +163,6 @@ async def test_a_crash_at_any_step_is_healed_and_the_vm_runs(
                 healed.add(placement)
             else:
                 pytest.fail("the switch never went through")
-            assert step > 20
-            assert healed == {FilterPlacement.IN, FilterPlacement.OUT}
+            assert step > 15
+            assert FilterPlacement.IN in healed
+            assert FilterPlacement.OUT in healed

@@ -37,6 +37,10 @@ RECORDING_BOOKS = (BOOK, BOOK_OTHER)
 BOOKS = (BOOK, BOOK_OTHER, BOOK_COPY)
 """Our dirty bitmaps on a source node; what each is for is told in book.py."""
 
+RESUME_MARK = "vmirror-resume"
+"""A node that nobody opens: it is there while a VM that ran stands still for one of our switches. So
+the VM itself tells a recovery, whatever else was lost, that it is to run again."""
+
 
 def filter_node(disk: str) -> str:
     """The quorum."""

@@ -88,11 +88,22 @@ class GraphSteps:
 
     async def _resume(self, was_running: bool, deadline: Deadline) -> None:
         """Let a VM go on that stands only because of us: not one that an I/O error or a user paused."""
-        if not was_running:
-            return
-        status = await self._do("query-status", deadline=deadline)
-        if isinstance(status, dict) and status.get("status") == "paused":
-            await self._do("cont", deadline=deadline)
+        if was_running:
+            status = await self._do("query-status", deadline=deadline)
+            if isinstance(status, dict) and status.get("status") == "paused":
+                await self._do("cont", deadline=deadline)
+        await self._unmark_resume(deadline)
+
+    async def _mark_resume(self, deadline: Deadline) -> None:
+        """Before ``stop``: a crash from here on leaves a VM that says itself that it has to run again."""
+        await self._unmark_resume(deadline)
+        mark: dict[str, object] = {"driver": "null-co", "node-name": names.RESUME_MARK, "size": 512}
+        await self._do("blockdev-add", {**mark, "read-zeroes": True}, deadline=deadline)
+
+    async def _unmark_resume(self, deadline: Deadline) -> None:
+        graph = await look(self._link, timeout_s=deadline.left_s())
+        if names.RESUME_MARK in graph.nodes:
+            await self._do("blockdev-del", {"node-name": names.RESUME_MARK}, deadline=deadline)
 
     # -- one disk, while the VM stands ------------------------------------------------------------
 

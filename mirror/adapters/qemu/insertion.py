@@ -244,6 +244,7 @@ class Insertion(GraphSteps):
         deadline = Deadline(timeout_s, what=f"{self._link.who}: recovery")
         calm(await iothreads_of(self._link, self._pid, timeout_s=deadline.left_s()))
         graph = await look(self._link, timeout_s=deadline.left_s())
+        was_running = was_running or names.RESUME_MARK in graph.nodes
         if all(graph.placement(disk.qom_path) is FilterPlacement.IN for disk in disks):
             await self._sweep_holds(disks, deadline)
             await self._resume(was_running, deadline)
@@ -340,10 +341,12 @@ class Insertion(GraphSteps):
             began_s = loop.time()
             try:
                 if was_running:
+                    await self._mark_resume(deadline)
                     await self._stop(deadline)
                 await steps()
                 if was_running:
                     await self._do("cont", deadline=deadline)
+                    await self._unmark_resume(deadline)
             except LinkLost:
                 raise
             except Exception as err:  # whatever it is, the VM must not be left standing

@@ -21,7 +21,7 @@ import structlog
 from mirror.adapters.qemu.book import CLOSE_TIMEOUT_S, Book
 from mirror.adapters.qemu.deadline import Deadline
 from mirror.adapters.qemu.devices import describe_disks
-from mirror.adapters.qemu.graph import look
+from mirror.adapters.qemu.graph import RESUME_MARK, look
 from mirror.adapters.qemu.insertion import Insertion
 from mirror.adapters.qemu.process import QemuProcess, kill_and_wait, wait_until_gone
 from mirror.adapters.qemu.qmp import QmpLink
@@ -161,6 +161,8 @@ class QemuSourceVM:
     async def placement(self, disk: ProtectedDisk) -> FilterPlacement:
         async with self._graph(ASK_TIMEOUT_S, "looking at its disks") as deadline:
             graph = await look(self._session.link, timeout_s=deadline.left_s())
+        if RESUME_MARK in graph.nodes:
+            return FilterPlacement.PARKED  # no switch is under way (we had the lock): a crash cut one
         return graph.placement(disk.qom_path)
 
     async def insert(
