@@ -113,7 +113,7 @@ def _source_text(facts: Facts) -> tuple[str, str] | None:
         case SourceSeen.UNFILTERED:
             return (
                 f"The source runs without the filter since {since}: its writes are not mirrored.",
-                f"Protect it anew: vmirror unprotect {vm}, vmirror protect {vm}",
+                f"Protect it anew: vmirror unprotect {vm} --delete-mirror, then vmirror protect {vm}",
             )
         case SourceSeen.SILENT:
             return (
@@ -132,7 +132,7 @@ def _state_text(facts: Facts, state: ProtectionState) -> tuple[str, str]:
     if state is ProtectionState.MIRRORING:
         paused = "In sync; the source is paused." if facts.source is SourceSeen.PAUSED else "In sync."
         return paused, f"If the source is lost: vmirror failover {vm}"
-    again = f"vmirror unprotect {vm}, then protect it anew"
+    again = f"vmirror unprotect {vm} --delete-mirror, then protect it anew"
     reason, text, what = {
         ProtectionState.SYNCING: (facts.sync_error, "Initial sync: not to be failed over to yet.", _WAIT),
         ProtectionState.RESYNCING: (facts.sync_error, "Catching up: inconsistent until it ends.", _WAIT),
