@@ -177,7 +177,9 @@ async def test_failing_sync_backs_off_and_is_told_at_most_every_30_s(world: Worl
         assert "no drain" in (await appliance.snapshot("web")).facts.sync_error
         world.host.faults = {}
         await world.clock.until(lambda: in_sync(appliance), "in sync again")
-        assert (await appliance.snapshot("web")).facts.sync_error == ""
+        follower = appliance.registry.follower(appliance.registry.find("web").protection.uuid)
+        assert follower is not None
+        await world.clock.until(lambda: follower.known.sync_error == "", "the error forgotten")
 
 
 async def test_stale_connection_is_tried_again_at_once(world: World) -> None:
