@@ -18,7 +18,7 @@ from vmirror_lab.vm import Guest
 
 pytestmark = [pytest.mark.real_qemu, pytest.mark.crash]
 
-FAILING_RECORD = 800
+FAILING_RECORD = 12_000
 """The record whose place on the disk fails; it is written well after the first sync."""
 FAILING_SECTOR = FAILING_RECORD * 4096 // 512
 

@@ -151,9 +151,26 @@ class LabVm:
                 if not self.alive or time.monotonic() > deadline:
                     raise RuntimeError(f"{self.spec.name} did not start: {self.stderr_text()}")
                 await asyncio.sleep(POLL_S)
+            await self._main_loop_runs()
         except BaseException:
             await self._child.kill()
             raise
+
+    async def _main_loop_runs(self) -> None:
+        """The monitor's own thread greets before the devices are made; a command is answered after that.
+
+        :raises RuntimeError: QEMU ended instead.
+        """
+        client = QMPClient(self.spec.name)
+        try:
+            async with asyncio.timeout(START_DEADLINE_S):
+                await client.connect(str(self.test_qmp_socket))
+                await client.execute("query-status")
+        except (QMPError, OSError, TimeoutError) as err:
+            raise RuntimeError(f"{self.spec.name} did not start: {self.stderr_text()}") from err
+        finally:
+            with contextlib.suppress(QMPError, OSError, EOFError):
+                await client.disconnect()
 
     async def _monitor_greets(self) -> bool:
         try:
