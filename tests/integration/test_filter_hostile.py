@@ -92,6 +92,8 @@ def test_subscriber_that_does_not_read_is_dropped_and_holds_up_nobody(bench: Fil
     deaf.ok("subscribe")
     slowest = 0.0
     with bench.control() as control:
+        control.ok("status")  # both have been accepted now
+        assert open_clients(bench) == 2
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline and open_clients(bench) > 1:
             begin = time.monotonic()
